@@ -1,0 +1,186 @@
+"""An adapter: the patches of one training, its learned words, and a card that says where it comes from.
+
+On disk it is one `.safetensors` file: tensors `<component>.<site>.<term>.<tensor>`, learned words
+`<encoder>.tokens.<word>`, and the card as one JSON string in the header. The same adapter gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from studio.errors import AdapterError
+from studio.files import write_atomically
+from studio.method import Method, Origin, PatchMethod, method_from
+from studio.patch import LayerShape, Patch
+
+FORMAT_VERSION = 1
+HEADER_KEY = "studio_card"
+TOKENS = "tokens"
+
+
+class BaseIdentity(BaseModel):
+    """Which base an adapter was made for. `architecture` must match; `values` must only for some methods."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    family: str
+    architecture: str
+    values: str
+    licence: str = ""
+
+
+class SiteCard(BaseModel):
+    """The layer a patch was made for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    weight: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    def shape(self) -> LayerShape:
+        return LayerShape(**self.model_dump())
+
+
+class Card(BaseModel):
+    """What is known of an adapter, stored with it."""
+
+    model_config = ConfigDict(extra="forbid")
+    format_version: int = FORMAT_VERSION
+    method: dict[str, Any]
+    base: BaseIdentity
+    sites: dict[str, SiteCard]
+    trigger: str = ""
+    class_word: str = ""
+    concept: str = ""
+    data_fingerprint: str = ""
+    data_count: int = 0
+    preset: dict[str, Any] = {}
+    seed: int = 0
+    steps: int = 0
+    library_version: str = ""
+    parents: list[dict[str, Any]] = []
+
+
+@dataclass
+class Adapter:
+    """Patches by site name and term, learned words by text encoder and word, and the card."""
+
+    card: Card
+    patches: dict[str, dict[str, Patch]]
+    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        return method_from(self.card.method)
+
+    def by_site(self) -> dict[str, list[Patch]]:
+        """The patches in the form that `attach` takes."""
+        return {name: list(terms.values()) for name, terms in self.patches.items()}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained, in the order of the sites."""
+        trained = [p for terms in self.patches.values() for patch in terms.values() for p in patch.parameters()]
+        trained += [w for words in self.words.values() for w in words.values() if isinstance(w, torch.nn.Parameter)]
+        return trained
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, trained and frozen, by their names in the file."""
+        found = {}
+        for site, terms in self.patches.items():
+            for term, patch in terms.items():
+                found |= {f"{site}.{term}.{name}": value for name, value in patch.state_dict().items()}
+        for encoder, words in self.words.items():
+            found |= {f"{encoder}.{TOKENS}.{word}": value.detach() for word, value in words.items()}
+        return found
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies values into the patches and words. Raises AdapterError if names or shapes differ."""
+        own = self.tensors()
+        if set(own) != set(tensors):
+            odd = sorted(set(own) ^ set(tensors))[0]
+            raise AdapterError(f"the tensors do not fit the card: '{odd}' is {'missing' if odd in own else 'unknown'}")
+        for name, value in tensors.items():
+            if own[name].shape != value.shape:
+                raise AdapterError(f"tensor '{name}' is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            with torch.no_grad():
+                own[name].copy_(value)
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all. Raises DiskError."""
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.tensors().items()}
+        card = json.dumps(self.card.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        write_atomically(path, save(dict(sorted(tensors.items())), {HEADER_KEY: card}))
+
+
+def new_adapter(
+    method: PatchMethod, sites: Mapping[str, LayerShape], card: Card, weights: Mapping[str, Tensor]
+) -> Adapter:
+    """Fresh patches for the sites. `weights` gives the pristine weights to methods that look at them."""
+    origin = Origin(card.concept, card.seed)
+    patches: dict[str, dict[str, Patch]] = {
+        name: {"main": method.patch(name, shape, origin, weights.get(name))} for name, shape in sites.items()
+    }
+    return Adapter(card, patches)
+
+
+def load_adapter(path: Path) -> Adapter:
+    """Reads an adapter file. Raises AdapterError, saying what is wrong with a file that cannot be used."""
+    card_text, tensors = read_safetensors(path)
+    if HEADER_KEY not in card_text:
+        raise AdapterError(f"'{path}' is a safetensors file, but no adapter of the studio: it has no card")
+    try:
+        card = Card.model_validate_json(card_text[HEADER_KEY])
+    except ValidationError as error:
+        raise AdapterError(f"the card in '{path}' is damaged: {error.errors()[0]['msg']}") from None
+    if card.format_version > FORMAT_VERSION:
+        raise AdapterError(
+            f"'{path}' was written by a newer studio (format {card.format_version})", "update the studio"
+        )
+    method = method_from(card.method)
+    if not isinstance(method, PatchMethod):
+        raise AdapterError(f"'{path}' holds a '{method.kind}', which is not an adapter")
+    adapter = new_adapter(method, {name: site.shape() for name, site in card.sites.items()}, card, {})
+    for name, value in tensors.items():
+        encoder, _, word = name.partition(f".{TOKENS}.")
+        if word and encoder not in adapter.patches:
+            adapter.words.setdefault(encoder, {})[word] = torch.empty_like(value)
+    adapter.load_tensors(tensors)
+    return adapter
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header strings and tensors of a file. Raises AdapterError for a missing, foreign, truncated or NaN file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise AdapterError(f"cannot read '{path}': {error.strerror or error}") from None
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise AdapterError(
+            f"'{path}' is a pickle, not a safetensors file",
+            hint="pickles can run code when they are opened, so the studio never does; convert it to safetensors",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterError(f"'{path}' is damaged or truncated: {error}", "copy or download it again") from None
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise AdapterError(f"'{path}' holds values that are not finite, in '{name}'", "use an earlier checkpoint")
+    return header, tensors

@@ -1,0 +1,150 @@
+"""Putting patches on a model and taking them off again.
+
+The layer object stays the same and keeps its weight, its name and its hooks; only its `forward` is covered by one
+that adds the terms. Hence the base's `state_dict` is the same before, during and after, and attention processors,
+gradient checkpointing and `torch.compile` see ordinary modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from studio.errors import AdapterError, nearest
+from studio.patch import LayerCall, LayerShape, Patch
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that a method may patch. `name` begins with the component: `unet.mid_block...to_q`."""
+
+    name: str
+    module: nn.Module
+    shape: LayerShape
+
+    @property
+    def component(self) -> str:
+        return self.name.split(".", 1)[0]
+
+    @property
+    def path(self) -> str:
+        return self.name.split(".", 1)[1]
+
+
+def find_sites(components: Mapping[str, nn.Module]) -> dict[str, Site]:
+    """Every linear and convolution layer of the components, in the order of the modules."""
+    sites = {}
+    for component, root in components.items():
+        for path, module in root.named_modules():
+            shape = LayerShape.of(module)
+            if shape is not None and path:
+                name = f"{component}.{path}"
+                sites[name] = Site(name, module, shape)
+    return sites
+
+
+class _PatchedForward:
+    """Covers the `forward` of one layer. Lives in the layer's `__dict__` until the last patch is taken off."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.covered = layer.__dict__.get("forward")  # an instance attribute of somebody else, kept
+        self.inner = layer.forward
+        self.terms: list[tuple[Patch, Attachment]] = []
+        self.fired = False
+        layer.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.fired = True
+        call = LayerCall(args, kwargs)
+        shifted = x
+        for patch, attachment in self.terms:
+            u = patch.input_term(_as_patch_dtype(x, patch), call)
+            if u is not None:
+                shifted = shifted + (attachment.weight * u).to(x.dtype)
+        y = out = self.inner(shifted, *args, **kwargs)
+        for patch, attachment in self.terms:
+            v = patch.output_term(_as_patch_dtype(x, patch), y, call)
+            if v is not None:
+                scaled = (
+                    v if isinstance(attachment.weight, float) and attachment.weight == 1.0 else attachment.weight * v
+                )
+                out = out + scaled.to(y.dtype)
+        return out
+
+    def remove(self, attachment: Attachment) -> None:
+        self.terms = [term for term in self.terms if term[1] is not attachment]
+        if not self.terms:
+            if self.covered is None:
+                del self.layer.__dict__["forward"]
+            else:
+                self.layer.forward = self.covered  # type: ignore[method-assign]
+
+
+def _as_patch_dtype(x: Tensor, patch: Patch) -> Tensor:
+    """Autocast chooses dtypes itself; elsewhere the patch computes in its own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    parameter = next(iter(patch.parameters()), None)
+    return x if parameter is None or parameter.dtype == x.dtype else x.to(parameter.dtype)
+
+
+class Attachment:
+    """Patches while they are on a model. `weight` is the strength and may be changed at any time.
+
+    Use it as a context manager, or call `detach`, which restores every layer bit for bit.
+    """
+
+    def __init__(self, forwards: list[_PatchedForward], weight: float | Tensor) -> None:
+        self._forwards = forwards
+        self.weight = weight
+
+    def silent_sites(self, names: Mapping[nn.Module, str]) -> list[str]:
+        """The patched layers that no forward pass has reached so far."""
+        return [names.get(forward.layer, "?") for forward in self._forwards if not forward.fired]
+
+    def detach(self) -> None:
+        """Takes the patches off. A second call does nothing."""
+        for forward in self._forwards:
+            forward.remove(self)
+        self._forwards = []
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def attach(
+    sites: Mapping[str, Site], patches: Mapping[str, Iterable[Patch]], weight: float | Tensor = 1.0
+) -> Attachment:
+    """Puts patches, keyed by site name, on a model's layers.
+
+    Raises AdapterError if a site does not exist or has another shape; then nothing is attached.
+    """
+    for name, site_patches in patches.items():
+        if name not in sites:
+            raise AdapterError(f"site '{name}' is not in this base", hint=nearest(name, sites))
+        for patch in site_patches:
+            shape = getattr(patch, "shape", None)
+            if shape is not None and shape.weight != sites[name].shape.weight:
+                raise AdapterError(
+                    f"site '{name}' has a weight of shape {sites[name].shape.weight} in this base, "
+                    f"and the adapter was made for {shape.weight}"
+                )
+    forwards: list[_PatchedForward] = []
+    attachment = Attachment(forwards, weight)
+    for name, site_patches in patches.items():
+        layer = sites[name].module
+        forward = layer.__dict__.get("forward")
+        if not isinstance(forward, _PatchedForward):
+            forward = _PatchedForward(layer)
+        device = next(layer.parameters()).device
+        forward.terms.extend((patch.to(device), attachment) for patch in site_patches)
+        forwards.append(forward)
+    return attachment

@@ -1,0 +1,206 @@
+"""Bases: the models that are customised, and the contract of a family of them.
+
+A family is one file in `studio/bases/`: how such a model is loaded, which layers a method may touch, how a batch is
+encoded, what the network predicts and how it samples. B batch, H and W height and width in pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from studio.adapter import BaseIdentity
+from studio.attachment import Site, find_sites
+from studio.errors import AdapterError, PresetError, nearest
+from studio.method import matches
+from studio.objective import Objective
+
+Condition = dict[str, Tensor]  # per sample: every tensor has B in front
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a base at generation. `seeds` has one seed per picture; sizes are in pixels."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    negative: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+    on_step: Callable[[int, int], None] | None = None
+
+
+@dataclass
+class Base(ABC):
+    """A loaded base. `modules` holds every network by its diffusers name; `name` is what the user asked for."""
+
+    name: str
+    pipe: Any
+    licence: str = ""
+    attention: str = "sdpa"
+    notes: list[str] = field(default_factory=list)
+
+    family: ClassVar[str]
+    medium: ClassVar[str] = "image"
+    denoiser_name: ClassVar[str]
+    text_encoder_names: ClassVar[tuple[str, ...]]
+    groups: ClassVar[Mapping[str, tuple[str, ...]]]  # target_modules groups -> patterns of site names
+
+    # -- what a family says ------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int = 0) -> Base:
+        """A random pico version of the real classes, for tests; built in about a second."""
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective: ...
+
+    @abstractmethod
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels in [-1, 1], (B, 3, H, W), scaled as the denoiser wants them. Deterministic."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int]) -> Condition:
+        """What the denoiser is told of the prompts, for pictures of `size` = (W, H)."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's output for noisy latents at network times (B,)."""
+
+    @abstractmethod
+    def generate(self, request: Request) -> list[Any]:
+        """PIL pictures, one per prompt, each from `torch.Generator("cpu").manual_seed(seed)`."""
+
+    # -- what follows from it ----------------------------------------------------------------------------------
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network of the pipeline by name."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The networks that methods may touch: the denoiser, then the text encoders."""
+        modules = self.modules
+        return {name: modules[name] for name in (self.denoiser_name, *self.text_encoder_names) if name in modules}
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.components[self.denoiser_name]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def sites(self) -> dict[str, Site]:
+        return find_sites(self.components)
+
+    def select(self, targets: Sequence[str]) -> dict[str, Site]:
+        """The sites that match the targets: groups of this family, or patterns of names.
+
+        Raises PresetError for a target that matches nothing, naming the nearest.
+        """
+        sites = self.sites()
+        chosen: set[str] = set()
+        for target in targets:
+            patterns = self.groups.get(target, (target,))
+            found = {name for name in sites if any(matches(name, pattern) for pattern in patterns)}
+            if not found:
+                endings = {name.rsplit(".", 1)[-1] for name in sites} | set(self.groups)
+                raise PresetError(
+                    f"target_modules: nothing in '{self.name}' matches '{target}'", nearest(target, endings)
+                )
+            chosen |= found
+        return {name: site for name, site in sites.items() if name in chosen}
+
+    def identity(self) -> BaseIdentity:
+        return BaseIdentity(
+            name=self.name,
+            family=self.family,
+            architecture=_architecture(self.components),
+            values=_value_sketch(self.components),
+            licence=self.licence,
+        )
+
+    def check(self, identity: BaseIdentity, needs_values: bool = False) -> str:
+        """Whether an adapter made for `identity` fits this base. Returns a warning, or "".
+
+        Raises AdapterError for another architecture, and for other values where the method depends on them.
+        """
+        own = self.identity()
+        if own.architecture != identity.architecture:
+            raise AdapterError(
+                f"the adapter was made for '{identity.name}' ({identity.family}), which is built otherwise than "
+                f"'{self.name}' ({self.family})",
+                hint=f"use --base {identity.name}",
+            )
+        if same_values(own.values, identity.values):
+            return ""
+        if needs_values:
+            raise AdapterError(
+                f"the adapter depends on the weights of '{identity.name}', and '{self.name}' has others",
+                hint=f"use --base {identity.name}",
+            )
+        return f"the adapter was trained on '{identity.name}'; '{self.name}' is built alike but has other weights"
+
+    def to(self, device: torch.device | str) -> Base:
+        self.pipe.to(device)
+        return self
+
+    def choose_attention(self) -> str:
+        """Turns on xformers where it works, else keeps torch's SDPA. Returns a line that says which and why."""
+        if not torch.cuda.is_available():
+            return "attention: sdpa (xformers needs a CUDA device)"
+        logging.getLogger("xformers").setLevel(logging.ERROR)
+        try:
+            self._enable_xformers()
+        except (ModuleNotFoundError, ValueError, NotImplementedError, RuntimeError) as error:
+            return f"attention: sdpa (no xformers: {str(error).splitlines()[0]})"
+        self.attention = "xformers"
+        return "attention: xformers"
+
+    def _enable_xformers(self) -> None:
+        denoiser: Any = self.denoiser
+        denoiser.enable_xformers_memory_efficient_attention()
+
+
+def _architecture(components: Mapping[str, nn.Module]) -> str:
+    """A hash over the names and shapes of all weights."""
+    lines = [
+        f"{component}.{name} {tuple(parameter.shape)}"
+        for component, module in components.items()
+        for name, parameter in module.named_parameters()
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+SKETCH_SIZE = 256
+
+
+def _value_sketch(components: Mapping[str, nn.Module]) -> str:
+    """256 weights at fixed places, in fp32, as base64: equal up to rounding in every dtype of the same weights."""
+    tensors = [p for module in components.values() for p in module.parameters()]
+    picked = []
+    for i in range(SKETCH_SIZE):
+        flat = tensors[(i * 7919) % len(tensors)].detach().reshape(-1)
+        picked.append(flat[(i * 104729) % flat.numel()].float().cpu())
+    return base64.b64encode(torch.stack(picked).numpy().astype("<f4").tobytes()).decode()
+
+
+def same_values(one: str, other: str) -> bool:
+    """Whether two sketches are of the same weights, allowing for rounding to bf16 (8 bits of mantissa)."""
+    a, b = (np.frombuffer(base64.b64decode(text), "<f4") for text in (one, other))
+    return a.shape == b.shape and bool(np.all(np.abs(a - b) <= 2.0**-7 * np.maximum(np.abs(a), np.abs(b)) + 1e-7))

@@ -1,0 +1,1 @@
+"""Families of bases, one file each, and how a base is found by name."""

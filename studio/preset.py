@@ -1,0 +1,164 @@
+"""Presets: one typed schema for files, the command line, the browser and the docs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from studio.errors import PresetError, nearest
+from studio.method import Method, describe, method_from
+from studio.paths import presets_dir
+
+AnyMethod = Annotated[SerializeAsAny[Method], BeforeValidator(method_from)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Prior(_Settings):
+    """Prior preservation (Ruiz et al. 2023): pictures of the class, drawn by the base itself, trained along."""
+
+    pictures: int = Field(0, ge=0, le=10_000, description="How many class pictures the base draws. 0 turns it off.")
+    weight: float = Field(1.0, ge=0, description="Weight of their loss against that of the subject's pictures.")
+    prompts: tuple[str, ...] = Field((), description="What to draw; {class} is the class word. Used in turn.")
+
+
+class Data(_Settings):
+    """What to train on."""
+
+    source: Literal["pictures", "stickers"] = Field(
+        "pictures", description="A folder of pictures, or the procedural sticker world."
+    )
+    path: str | None = Field(None, description="The folder of pictures. Never written to.")
+    resolution: int | None = Field(None, ge=16, le=8192, description="Side in pixels. Default: the base's own.")
+    caption: str = Field(
+        "{trigger}",
+        description="Caption of pictures that have none beside them; {trigger} and {class} are filled in.",
+    )
+    trigger: str = Field("", description="The word that calls the concept. Default: made from the name.")
+    class_word: str = Field("", description="What kind of thing it is, for {class}: dog, cup, style ...")
+    buckets: bool = Field(
+        True, description="Keep each picture's aspect ratio, in buckets, instead of cutting a square."
+    )
+    flip: bool = Field(False, description="Train on mirrored pictures too.")
+    masks: bool = Field(False, description="Weight the loss by masks: NAME.mask.png beside NAME.png, white counts.")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained without their caption.")
+    validation: int = Field(0, ge=0, description="How many pictures to hold out for a validation loss.")
+    glyphs: Literal["train", "train+other", "held-out"] = Field("train", description="Stickers: which emoji to draw.")
+    crop: int | None = Field(None, ge=16, description="Stickers: train the autoencoder on crops of this side.")
+    pool: int = Field(2048, ge=1, description="Stickers: pictures kept encoded at a time.")
+    refresh: int = Field(8, ge=0, description="Stickers: pictures of the pool that are drawn anew at each step.")
+    prior: Prior = Prior()
+
+
+class Schedule(_Settings):
+    """How long, how fast, how often. Everything that the loop itself needs."""
+
+    steps: int = Field(500, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(1, ge=1, description="Samples per step, micro-batch and process.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How it falls after warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which it rises from zero.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging factors.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm. 0 leaves them.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Averages the trained values over steps. 0 turns it off.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
+    sample_every: int = Field(0, ge=0, description="Steps between sample pictures. 0: none.")
+    validate_every: int = Field(0, ge=0, description="Steps between validation losses. 0: none.")
+    checkpoint_every: int = Field(250, ge=1, description="Steps between checkpoints.")
+    checkpoints_kept: int = Field(2, ge=1, description="How many checkpoints stay on disk.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step `step` (from 0)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return self.learning_rate * factor[self.lr_schedule]
+
+    def fingerprint(self) -> str:
+        """A hash over what the trained values depend on; how often things are shown or saved is left out."""
+        shown = {"sample_every", "validate_every", "checkpoint_every", "checkpoints_kept"}
+        values = {name: getattr(self, name) for name in sorted(Schedule.model_fields) if name not in shown}
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+class Preset(Schedule):
+    """A recipe: which base, which method, which data, how long."""
+
+    description: str = Field("", description="One line on what the preset is for.")
+    base: str = Field("sticker", description="Bundled name, alias, local folder, hub id or .safetensors checkpoint.")
+    method: AnyMethod
+    data: Data = Data()
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Precision of the forward pass.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR weighting of timesteps; 5 is usual.")
+    learned_words: int = Field(0, ge=0, le=32, description="Train this many vectors for the trigger word itself.")
+    learned_words_lr: float = Field(5e-3, gt=0, description="Learning rate of the learned words.")
+    sample_prompts: tuple[str, ...] = Field(("{trigger}",), description="What to draw during training.")
+    sample_steps: int | None = Field(None, ge=1, description="Sampling steps of those pictures.")
+    export: tuple[Literal["diffusers", "kohya", "diff", "checkpoint"], ...] = Field(
+        (), description="Formats to export to at the end."
+    )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def preset_files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(presets_dir().glob("*.yaml"))}
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The plain content of a preset, by name or file. Raises PresetError with the nearest name."""
+    known = preset_files()
+    path = known.get(name) or Path(name)
+    if not path.is_file():
+        if name.endswith((".yaml", ".yml")):
+            raise PresetError(f"there is no preset file '{name}'")
+        raise PresetError(f"unknown preset '{name}'", nearest(name, known))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PresetError(f"'{path}' is no YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise PresetError(f"'{path}' holds no preset", "a preset is a list of 'key: value' lines")
+    return content
+
+
+def make_preset(content: dict[str, Any]) -> Preset:
+    """Validates. Raises PresetError that names the first fault and the nearest right key."""
+    try:
+        return Preset.model_validate(content)
+    except ValidationError as error:
+        raise PresetError(*describe(error, Preset)) from None
+
+
+def apply_settings(content: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """A copy of a preset's content with `--set a.b=value` applied; values are read as YAML."""
+    changed = json.loads(json.dumps(content))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise PresetError(f"--set '{setting}' is not of the form key=value", "for example --set method.rank=16")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        place = changed
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(place.setdefault(parent, {}), dict):
+                raise PresetError(f"unknown key '{key}': '{parent}' has no parts")
+            place = place[parent]
+        place[last] = value
+    return changed
