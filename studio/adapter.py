@@ -99,7 +99,7 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, trained and frozen, by their names in the file."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for site, terms in self.patches.items():
             for term, patch in terms.items():
                 found |= {f"{site}.{term}.{name}": value for name, value in patch.state_dict().items()}

@@ -56,24 +56,22 @@ class _PatchedForward:
         self.inner = layer.forward
         self.terms: list[tuple[Patch, Attachment]] = []
         self.fired = False
-        layer.forward = self  # type: ignore[method-assign]
+        layer.forward = self
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.fired = True
         call = LayerCall(args, kwargs)
+        terms = [(patch, attachment.weight) for patch, attachment in self.terms if not _is(attachment.weight, 0.0)]
         shifted = x
-        for patch, attachment in self.terms:
+        for patch, weight in terms:
             u = patch.input_term(_as_patch_dtype(x, patch), call)
             if u is not None:
-                shifted = shifted + (attachment.weight * u).to(x.dtype)
+                shifted = shifted + (weight * u).to(x.dtype)
         y = out = self.inner(shifted, *args, **kwargs)
-        for patch, attachment in self.terms:
+        for patch, weight in terms:
             v = patch.output_term(_as_patch_dtype(x, patch), y, call)
             if v is not None:
-                scaled = (
-                    v if isinstance(attachment.weight, float) and attachment.weight == 1.0 else attachment.weight * v
-                )
-                out = out + scaled.to(y.dtype)
+                out = out + (v if _is(weight, 1.0) else weight * v).to(y.dtype)
         return out
 
     def remove(self, attachment: Attachment) -> None:
@@ -82,7 +80,11 @@ class _PatchedForward:
             if self.covered is None:
                 del self.layer.__dict__["forward"]
             else:
-                self.layer.forward = self.covered  # type: ignore[method-assign]
+                self.layer.forward = self.covered
+
+
+def _is(weight: float | Tensor, value: float) -> bool:
+    return not isinstance(weight, Tensor) and weight == value
 
 
 def _as_patch_dtype(x: Tensor, patch: Patch) -> Tensor:

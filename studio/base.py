@@ -12,7 +12,9 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -53,9 +55,10 @@ class Base(ABC):
 
     family: ClassVar[str]
     medium: ClassVar[str] = "image"
+    pipeline_class: ClassVar[str]  # what a pipeline folder calls itself in model_index.json
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]
-    groups: ClassVar[Mapping[str, tuple[str, ...]]]  # target_modules groups -> patterns of site names
+    groups: ClassVar[Mapping[str, tuple[str, ...]]]  # target_modules groups -> targets, as `select` takes them
 
     # -- what a family says ------------------------------------------------------------------------------------
 
@@ -63,6 +66,13 @@ class Base(ABC):
     @abstractmethod
     def tiny(cls, seed: int = 0) -> Base:
         """A random pico version of the real classes, for tests; built in about a second."""
+
+    @classmethod
+    @abstractmethod
+    def from_folder(
+        cls, folder: Path, name: str, dtype: torch.dtype, licence: str = "", variant: str | None = None
+    ) -> Self:
+        """The base in a pipeline folder, ready for inference. Raises what the libraries raise: see registry.py."""
 
     @property
     @abstractmethod
@@ -87,18 +97,18 @@ class Base(ABC):
     # -- what follows from it ----------------------------------------------------------------------------------
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, Any]:
         """Every network of the pipeline by name."""
         return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
 
     @property
-    def components(self) -> dict[str, nn.Module]:
+    def components(self) -> dict[str, Any]:
         """The networks that methods may touch: the denoiser, then the text encoders."""
         modules = self.modules
         return {name: modules[name] for name in (self.denoiser_name, *self.text_encoder_names) if name in modules}
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         return self.components[self.denoiser_name]
 
     @property
@@ -111,13 +121,14 @@ class Base(ABC):
     def select(self, targets: Sequence[str]) -> dict[str, Site]:
         """The sites that match the targets: groups of this family, or patterns of names.
 
+        `PATTERN:KIND` narrows a pattern to a kind of layer: `unet.*:linear`, `unet.down_blocks.*:conv*`.
         Raises PresetError for a target that matches nothing, naming the nearest.
         """
         sites = self.sites()
         chosen: set[str] = set()
         for target in targets:
             patterns = self.groups.get(target, (target,))
-            found = {name for name in sites if any(matches(name, pattern) for pattern in patterns)}
+            found = {name for name, site in sites.items() if any(_fits(site, pattern) for pattern in patterns)}
             if not found:
                 endings = {name.rsplit(".", 1)[-1] for name in sites} | set(self.groups)
                 raise PresetError(
@@ -173,8 +184,12 @@ class Base(ABC):
         return "attention: xformers"
 
     def _enable_xformers(self) -> None:
-        denoiser: Any = self.denoiser
-        denoiser.enable_xformers_memory_efficient_attention()
+        self.denoiser.enable_xformers_memory_efficient_attention()
+
+
+def _fits(site: Site, target: str) -> bool:
+    pattern, _, kind = target.partition(":")
+    return matches(site.name, pattern) and fnmatchcase(site.shape.kind, kind or "*")
 
 
 def _architecture(components: Mapping[str, nn.Module]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -195,13 +196,12 @@ class _State:
 
     def load(self, folder: Path) -> int:
         """Restores everything and returns the step. Raises RequestError if the schedule is another one."""
-        facts = json.loads((folder / "state.json").read_text())
+        facts, tensors = _read_state(folder)
         if facts["schedule"] != self.schedule.fingerprint():
             raise RequestError(
                 f"'{folder}' was written under other settings, so it cannot be resumed exactly",
                 hint="resume with the run's own preset.yaml, or start a new run",
             )
-        tensors = load_file(folder / "state.safetensors")
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(tensors[f"value.{name}"])
@@ -215,6 +215,16 @@ class _State:
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         return facts["step"]
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        return json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RequestError(
+            f"the checkpoint '{folder}' is damaged (state.json or state.safetensors): {error}",
+            hint="remove that folder; the run then resumes from the checkpoint before it",
+        ) from None
 
 
 def _checkpoint(task: Task, state: _State, run: Run, step: int, schedule: Schedule, main: bool) -> Iterator[Event]:

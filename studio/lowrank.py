@@ -5,6 +5,8 @@ v(x) = s B (A x),   delta W = s B A        A (R, I, k...), B (O, R, 1...), s a n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ CONVOLUTIONS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
 class LowRankPatch(Delta):
     """`down` is A, `up` is B; each is trained if it is a Parameter and frozen if it is a plain tensor."""
+
+    down: Tensor
+    up: Tensor
 
     def __init__(self, shape: LayerShape, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -42,7 +47,8 @@ class LowRankPatch(Delta):
 
     def _convolve_down(self, x: Tensor) -> Tensor:
         """The layer's own convolution with A in place of its weight."""
-        shape, padding = self.shape, self.shape.padding
+        shape = self.shape
+        padding: Any = shape.padding
         if shape.padding_mode != "zeros" and not isinstance(padding, str):
             sides = [side for size in reversed(padding) for side in (size, size)]
             x, padding = F.pad(x, sides, mode=shape.padding_mode), 0

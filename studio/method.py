@@ -93,10 +93,10 @@ def matches(name: str, pattern: str) -> bool:
 
 
 _registry: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
+M = TypeVar("M", bound=Method)
 
 
-def register(cls: M) -> M:
+def register(cls: type[M]) -> type[M]:
     """Class decorator: makes a method known by the default of its field `kind`."""
     _registry[cls.model_fields["kind"].default] = cls
     return cls

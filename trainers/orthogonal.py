@@ -69,7 +69,8 @@ def orthonormal_rows(width: int, rank: int, concept: str, name: str) -> Tensor:
 
 def _shared_columns(width: int, columns: list[int]) -> np.ndarray:
     """Columns of diag(signs) C, C the orthonormal DCT-II: C[n, k] = sqrt(2 / I) cos(pi (n + 1/2) k / I)."""
-    n, k = np.arange(width, dtype=np.float64)[:, None], np.asarray(columns, np.float64)[None, :]
-    c = np.cos(np.pi * (n + 0.5) * k / width) * np.sqrt(2.0 / width)
+    n, k = np.arange(width, dtype=np.int64)[:, None], np.asarray(columns, np.int64)[None, :]
+    # The angle is pi j / 2I with an integer j: reduced to one turn first, cos is exact to the last bit or two.
+    c = np.cos(np.pi * ((2 * n + 1) * k % (4 * width)) / (2 * width)) * np.sqrt(2.0 / width)
     c[:, np.asarray(columns) == 0] = np.sqrt(1.0 / width)
     return hashed_signs(width, SHARED_BASIS, "signs", width)[:, None] * c

@@ -21,7 +21,6 @@ from studio.errors import PresetError
 from studio.fit import Group
 from studio.keyed import torch_generator
 from studio.method import Method, register
-from studio.objective import Diffusion
 from studio.preset import Preset
 from studio.run import Event, Run
 from studio.samples import save_picture
@@ -141,7 +140,7 @@ class DenoiserTask(_NetworkTask):
         return self._loss(latents, captions, [(self.preset.seed, step, micro, slot) for slot in slots])
 
     def _loss(self, latents: Tensor, captions: list[str], keys: list[tuple]) -> Tensor:
-        objective: Diffusion = self.base.objective
+        objective = self.base.objective
         generators = [torch_generator("noise", *key) for key in keys]
         dropout = self.preset.data.caption_dropout
         captions = ["" if float(torch.rand((), generator=g)) < dropout else c for g, c in zip(generators, captions)]
@@ -152,10 +151,10 @@ class DenoiserTask(_NetworkTask):
         condition = self.base.encode_prompts(captions, size)
         noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
         error = self.base.predict(noisy, objective.network_time(times), condition).float() - target
-        weight = 1.0
+        loss = error.square().mean((1, 2, 3))
         if self.preset.min_snr_gamma:
-            weight = objective.min_snr_weight(times, self.preset.min_snr_gamma).to(error.device)
-        return error.square().mean((1, 2, 3)) * weight
+            loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(error.device)
+        return loss
 
     def validation_loss(self) -> float:
         pairs = [draw(("validation", i), self.resolution, "train") for i in range(VALIDATION_PICTURES)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from studio.base import Base, Request
-from studio.errors import RequestError
+from studio.bases.folder import LEFT_OUT, absent_parts
+from studio.errors import BaseError, RequestError
 from studio.objective import Diffusion, FlowMatching, Objective
 
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
@@ -18,12 +22,51 @@ ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 class LatentDiffusion(Base):
     """A base whose pipeline follows diffusers' conventions."""
 
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, name: str, dtype: torch.dtype, licence: str = "", variant: str | None = None
+    ) -> Self:
+        # diffusers reopens a folder without T5 only if it is told so once more.
+        left_out: dict[str, Any] = dict.fromkeys((*absent_parts(folder), *_accepted(cls.pipeline_class)))
+        pipe = _pipeline(cls.pipeline_class).from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant, **left_out
+        )
+        return cls._at_rest(name, pipe, licence)
+
+    @classmethod
+    def from_checkpoint(cls, file: Path, configs: Path, name: str, dtype: torch.dtype, licence: str = "") -> Self:
+        """One file with all weights under their original names; `configs` is a pipeline folder without weights."""
+        left_out: dict[str, Any] = dict.fromkeys(_accepted(cls.pipeline_class))
+        pipe = _pipeline(cls.pipeline_class).from_single_file(
+            str(file), config=str(configs), torch_dtype=dtype, local_files_only=True, **left_out
+        )
+        return cls._at_rest(name, pipe, licence)
+
+    @classmethod
+    def _at_rest(cls, name: str, pipe: Any, licence: str) -> Self:
+        """A base around the pipeline. Raises BaseError for a diffusion process that we cannot train."""
+        base = cls(name, frozen(pipe), licence)
+        base.objective  # noqa: B018  raises
+        return base
+
+    # -- facts -------------------------------------------------------------------------------------------------
+
     @property
     def objective(self) -> Objective:
-        config = self.pipe.scheduler.config
-        if not hasattr(self.pipe.scheduler, "alphas_cumprod"):
+        scheduler = self.pipe.scheduler
+        config = scheduler.config
+        if type(scheduler).__name__.startswith("FlowMatch"):
             return FlowMatching(getattr(config, "shift", None) or 1.0, config.num_train_timesteps)
-        return Diffusion(self.pipe.scheduler.alphas_cumprod, config.prediction_type)
+        prediction = getattr(config, "prediction_type", None)
+        if prediction not in ("epsilon", "v_prediction", "sample") or not hasattr(scheduler, "alphas_cumprod"):
+            raise BaseError(
+                f"'{self.name}' has a {type(scheduler).__name__} that predicts '{prediction}', which the studio "
+                "cannot train",
+                hint="it trains models that predict epsilon, v, the sample, or a flow",
+            )
+        return Diffusion(scheduler.alphas_cumprod, prediction)
 
     @property
     def latent_factor(self) -> int:
@@ -37,41 +80,50 @@ class LatentDiffusion(Base):
 
     @property
     def size_multiple(self) -> int:
-        """Widths and heights must be multiples of this."""
-        blocks = len(getattr(self.denoiser.config, "block_out_channels", (1,)))
-        return self.latent_factor * 2 ** (blocks - 1)
+        """Sides must be multiples of this: of 8, and of a pixel of the UNet's coarsest level."""
+        return math.lcm(8, self.latent_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1))
+
+    @property
+    def largest_side(self) -> int:
+        """The longest side that can be drawn, in pixels."""
+        return 8192
+
+    @property
+    def default_steps(self) -> int | None:
+        """The number of sampling steps this base was tuned for; None leaves it to the pipeline."""
+        return None
+
+    @property
+    def default_guidance(self) -> float | None:
+        return None
+
+    # -- latents -----------------------------------------------------------------------------------------------
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
+        with _in_safe_dtype(self.pipe.vae) as vae:
+            latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * vae.config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1] from latents as `encode_pictures` gives them."""
-        vae = self.pipe.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+        shift = getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
+        with _in_safe_dtype(self.pipe.vae) as vae:
+            return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+
+    # -- text --------------------------------------------------------------------------------------------------
+
+    def token_ids(self, prompts: Sequence[str], tokenizer_name: str = "tokenizer") -> Tensor:
+        """Token ids (B, L) on the base's device; learned words of several vectors become several tokens."""
+        tokenizer = getattr(self.pipe, tokenizer_name)
+        if hasattr(self.pipe, "maybe_convert_prompt"):
+            prompts = [self.pipe.maybe_convert_prompt(prompt, tokenizer) for prompt in prompts]
+        return pad_tokens(tokenizer, prompts).to(self.device)
+
+    # -- sampling ----------------------------------------------------------------------------------------------
 
     def generate(self, request: Request) -> list[Any]:
-        width, height = request.width or self.resolution, request.height or self.resolution
-        for side in (width, height):
-            if side % self.size_multiple or not self.size_multiple <= side <= 8192:
-                raise RequestError(
-                    f"'{self.name}' cannot draw {width}x{height}: sides must be multiples of {self.size_multiple}",
-                    hint=f"its own size is {self.resolution}x{self.resolution}",
-                )
-        options: dict[str, Any] = {"width": width, "height": height, "output_type": "pil"}
-        if request.steps is not None:
-            options["num_inference_steps"] = request.steps
-        elif steps := self.default_steps:
-            options["num_inference_steps"] = steps
-        if request.guidance is not None:
-            options["guidance_scale"] = request.guidance
-        elif guidance := self.default_guidance:
-            options["guidance_scale"] = guidance
-        if request.on_step is not None:
-            options["callback_on_step_end"] = _reporting(request.on_step, options.get("num_inference_steps", 50))
+        options = self._options(request)
         self.pipe.set_progress_bar_config(disable=True)
         pictures = []
         for prompt, seed in zip(request.prompts, request.seeds, strict=True):
@@ -83,30 +135,82 @@ class LatentDiffusion(Base):
             pictures += drawn.images
         return pictures
 
-    @property
-    def default_steps(self) -> int | None:
-        """The number of sampling steps this base was tuned for; None leaves it to the pipeline."""
-        return None
+    def _options(self, request: Request) -> dict[str, Any]:
+        """What the pipeline is called with beside prompts and seed. Raises RequestError for an impossible size."""
+        width, height = request.width or self.resolution, request.height or self.resolution
+        for side in (width, height):
+            if side % self.size_multiple or not self.size_multiple <= side <= self.largest_side:
+                raise RequestError(
+                    f"'{self.name}' cannot draw {width}x{height}: sides must be multiples of {self.size_multiple}, "
+                    f"{self.largest_side} at most",
+                    hint=f"its own size is {self.resolution}x{self.resolution}",
+                )
+        steps = request.steps if request.steps is not None else self.default_steps
+        guidance = request.guidance if request.guidance is not None else self.default_guidance
+        options: dict[str, Any] = {"width": width, "height": height, "output_type": "pil"}
+        if steps is not None:
+            options["num_inference_steps"] = steps
+        if guidance is not None:
+            options["guidance_scale"] = guidance
+        if request.on_step is not None:
+            options["callback_on_step_end"] = _reporting(request.on_step)
+        return options
 
-    @property
-    def default_guidance(self) -> float | None:
-        return None
+
+def frozen(pipe: Any) -> Any:
+    """The pipeline, nothing of which trains, drops out or draws progress bars any more."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def _reporting(on_step: Any, total: int) -> Any:
+def _pipeline(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+def _accepted(pipeline_class: str) -> list[str]:
+    """The parts among LEFT_OUT that this pipeline knows at all."""
+    import inspect
+
+    return [part for part in LEFT_OUT if part in inspect.signature(_pipeline(pipeline_class).__init__).parameters]
+
+
+@contextmanager
+def _in_safe_dtype(vae: Any) -> Iterator[Any]:
+    """Inside, a VAE that overflows in fp16, such as SDXL's, computes in fp32."""
+    overflows = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if overflows:
+        vae.to(torch.float32)
+    try:
+        yield vae
+    finally:
+        if overflows:
+            vae.to(torch.float16)
+
+
+def _reporting(on_step: Callable[[int, int], None]) -> Any:
     def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(index + 1, total)
+        on_step(index + 1, pipe.num_timesteps)
         return tensors
 
     return callback
 
 
-def pad_tokens(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, L), padded and cut to the tokenizer's length as diffusers does it."""
+def pad_tokens(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tensor:
+    """Token ids (B, L), padded and cut to `length`, by default the tokenizer's own, as diffusers does it."""
     return tokenizer(
         list(prompts),
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def in_dtype_of(network: Any, *tensors: Tensor) -> list[Tensor]:
+    """The tensors where the network is, in its dtype."""
+    return [tensor.to(network.device, network.dtype) for tensor in tensors]

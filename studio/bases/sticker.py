@@ -79,6 +79,4 @@ def build_sticker(seed: int = 0) -> StableDiffusion:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for part in (vae, text_encoder, unet):
-        part.eval().requires_grad_(False)
-    return StableDiffusion("sticker", pipe, "Apache-2.0")
+    return StableDiffusion._at_rest("sticker", pipe, "Apache-2.0")

@@ -1,12 +1,21 @@
-"""Parts of the pico models that tests build: seeds and tokenizers."""
+"""Parts of the pico models that tests build: seeds, tokenizers, text encoders, autoencoders."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+#: The noise schedule of Stable Diffusion 1.x, 2.x and XL.
+NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 
 
 @contextmanager
@@ -31,8 +40,6 @@ def word_tokenizer(words: Sequence[str], length: int) -> Any:
     letters.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=30_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     letters.train_from_iterator(sorted(words), trainer)
-    import json
-
     learned = json.loads(letters.to_str())["model"]["merges"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learned]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
@@ -42,10 +49,56 @@ def word_tokenizer(words: Sequence[str], length: int) -> Any:
             known.add(left + right)
             tokens.append(left + right)
     vocabulary = {token: index for index, token in enumerate([*tokens, *marks])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]
     tokenizer.model_max_length = length
     return tokenizer
 
 
 def tiny_tokenizer() -> Any:
     return word_tokenizer("a an the photo picture of cat dog red blue".split(), 16)
+
+
+def tiny_clip(tokenizer: Any, width: int = 32, projection: int | None = None) -> Any:
+    """A CLIP text encoder; given the width of a projection, of the class that has one."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=projection or width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def tiny_vae(latent_channels: int = 4, **options: Any) -> Any:
+    """An f2 autoencoder."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        latent_channels=latent_channels,
+        **options,
+    )
+
+
+def tiny_t5(width: int = 80) -> tuple[Any, Any]:
+    """A T5 encoder and its tokenizer, which knows single letters and a few words."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁photo", "▁of", "▁cat", "▁dog", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=48, num_layers=2, num_heads=4, is_decoder=False
+    )
+    return T5EncoderModel(config), tokenizer

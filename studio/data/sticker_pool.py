@@ -5,30 +5,31 @@ What a pool holds at a step is a function of (seed, step) alone, so a resumed ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from studio.data import stickers
 from studio.keyed import numpy_generator
 
 
-def to_pixels(pictures: list) -> Tensor:
+def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """PIL pictures of one size as (B, 3, H, W) in [-1, 1]."""
     stacked = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw(key: tuple[object, ...], resolution: int, splits: str) -> tuple:
+def draw(key: tuple[object, ...], resolution: int, splits: str) -> tuple[Image.Image, str]:
     """(picture, caption) for a key."""
     rng = numpy_generator("sticker", *key)
     picture, caption, _ = stickers.sample(rng, resolution, stickers.glyphs(*splits.split("+")))
     return picture, caption
 
 
-def draw_crop(key: tuple[object, ...], resolution: int, splits: str, side: int):
+def draw_crop(key: tuple[object, ...], resolution: int, splits: str, side: int) -> Image.Image:
     """A random crop of a random picture."""
     picture, _ = draw(key, resolution, splits)
     left, top = numpy_generator("crop", *key).integers(0, resolution - side + 1, 2)

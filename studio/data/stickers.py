@@ -174,12 +174,12 @@ def _tinted(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 
 def draw_scene(rng: np.random.Generator, choices: Sequence[Glyph]) -> Scene:
     """A random scene over the given glyphs: a fifth are pairs, a quarter of the things are tinted."""
-    first = choices[rng.integers(len(choices))]
+    first = choices[int(rng.integers(len(choices)))]
     ground = _draw_ground(rng)
     if rng.random() < 0.2 and len(choices) > 1:
         second = first
         while second == first:
-            second = choices[rng.integers(len(choices))]
+            second = choices[int(rng.integers(len(choices)))]
         things = (Thing(first, _draw_tint(rng, ground)), Thing(second, _draw_tint(rng, ground)))
         return Scene(things, ground, relation=list(RELATIONS)[rng.integers(len(RELATIONS))])
     size = ("", "", "small", "large")[rng.integers(4)]

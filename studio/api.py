@@ -1,0 +1,48 @@
+"""The Python interface: the same work as the command line, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from studio.adapter import Adapter
+from studio.base import Base, Request
+from studio.bases.registry import load_base
+from studio.generation import parse_use, wearing
+from studio.run import Event
+
+__all__ = ["attach", "export", "generate", "load_base", "train"]
+
+
+def train(preset: str, **request: Any) -> Iterator[Event]:
+    """Trains and yields events. Keywords are the fields of `studio.training.Order`: data, base, method, name, ..."""
+    from studio.training import Order, plan
+
+    yield from plan(Order(preset, **request)).events()
+
+
+@contextmanager
+def attach(base: Base, *adapters: str) -> Iterator[Base]:
+    """Inside, `base` (and its `pipe`) has the adapters on, each `NAME|FILE[:WEIGHT]`; outside it is as before."""
+    with wearing(base, [parse_use(text) for text in adapters]):
+        yield base
+
+
+def generate(
+    prompt: str, *, base: str | None = None, adapters: tuple[str, ...] = (), seed: int = 0, count: int = 1
+) -> list[Any]:
+    """Pictures of a prompt, with seeds from `seed` on. Without `base`, that of the first adapter."""
+    uses = [parse_use(text) for text in adapters]
+    loaded = load_base(base or (uses[0].adapter.card.base.name if uses else "sticker"))
+    with wearing(loaded, uses):
+        return loaded.generate(Request([prompt] * count, list(range(seed, seed + count))))
+
+
+def export(adapter: str | Adapter, to: str, out: str | Path, **options: Any) -> Any:
+    """Writes an adapter in another program's format and proves it by reloading; returns the report."""
+    from studio.exporting import export_adapter
+
+    loaded = adapter if isinstance(adapter, Adapter) else parse_use(adapter).adapter
+    return export_adapter(loaded, load_base(loaded.card.base.name), to, Path(out), **options)

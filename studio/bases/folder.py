@@ -1,0 +1,169 @@
+"""Pipeline folders, as diffusers writes them: checked before anything in them is opened.
+
+A folder holds `model_index.json`, which names the pipeline's class and its parts, and one folder for each part.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from studio.errors import BaseError
+
+INDEX = "model_index.json"
+#: Parts of published pipelines that no family loads: a censor, and what only picture prompts need.
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+NO_PICKLES = "pickles can run code when they are opened, so the studio never does; take a .safetensors version of it"
+
+_PLAIN = re.compile(r"[A-Za-z_]+(-\d{5}-of-\d{5})?\.safetensors")
+_HALF = re.compile(r"[A-Za-z_]+\.fp16(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A folder that passed the checks. `variant` is "fp16" where a part has its weights under that name only."""
+
+    path: Path
+    pipeline_class: str
+    variant: str | None
+    licence: str
+
+
+def open_folder(path: Path) -> PipelineFolder:
+    """Checks a pipeline folder. Raises BaseError for a missing, foreign or damaged part, naming it."""
+    index = _read_json(path / INDEX, path)
+    halves = set()
+    for part, library, class_name in parts_of(index, path):
+        if not (path / part).is_dir():
+            raise BaseError(f"'{path}' is not complete: its part '{part}' is missing", "copy or download it again")
+        if library in ("diffusers", "transformers") and _is_network(class_name):
+            halves.add(_check_network(path / part))
+    variant = "fp16" if True in halves else None
+    return PipelineFolder(path, str(index["_class_name"]), variant, licence_in(path))
+
+
+def parts_of(index: dict[str, Any], path: Path) -> list[tuple[str, str, str]]:
+    """(name, library, class) of the parts that are there. Raises BaseError for one that wants code of its own."""
+    parts = []
+    for name, value in index.items():
+        if name.startswith("_") or name in LEFT_OUT or not isinstance(value, list) or len(value) != 2:
+            continue
+        library, class_name = value
+        if library is None or class_name is None:
+            continue
+        if library not in ("diffusers", "transformers"):
+            raise BaseError(
+                f"'{path}' wants code of its own for its part '{name}' ({library}.{class_name})",
+                hint="the studio runs no code that comes with weights",
+            )
+        parts.append((name, str(library), str(class_name)))
+    return parts
+
+
+def absent_parts(path: Path) -> list[str]:
+    """The parts that the pipeline could have and this folder has not."""
+    return [name for name, value in _read_json(path / INDEX, path).items() if value == [None, None]]
+
+
+def choose_weights(names: list[str], prefer_half: bool) -> list[str]:
+    """Of the weight files of one part (plain file names), those to load: one precision, all its shards."""
+    plain = [name for name in names if _PLAIN.fullmatch(name)]
+    half = [name for name in names if _HALF.fullmatch(name)]
+    return (half or plain) if prefer_half else (plain or half)
+
+
+def size_of(path: Path) -> int:
+    """Bytes on disk; a file that is linked to from several places counts once."""
+    files = {file.resolve() for file in path.rglob("*") if file.is_file()}
+    return sum(file.stat().st_size for file in files)
+
+
+def licence_in(path: Path) -> str:
+    """The `license` in the front matter of the folder's README.md, or ""."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        facts = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        return ""
+    if not isinstance(facts, dict):
+        return ""
+    named = facts.get("license_name") if facts.get("license") == "other" else None
+    return str(named or facts.get("license") or "")
+
+
+def _read_json(file: Path, folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseError(f"'{folder}' is no pipeline folder: it has no {INDEX}", _what_else(folder)) from None
+    except (OSError, ValueError) as error:
+        raise BaseError(f"'{file}' cannot be read: {error}", "copy or download it again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
+        raise BaseError(f"'{file}' names no pipeline class", "copy or download it again")
+    return content
+
+
+def _what_else(folder: Path) -> str:
+    """A hint for a folder that is not itself a pipeline."""
+    if (folder.parent / INDEX).is_file():
+        return f"it is a part of one: give '{folder.parent}'"
+    inside = sorted(folder.glob(f"*/{INDEX}"))
+    if inside:
+        return f"did you mean '{inside[0].parent}'?"
+    checkpoints = sorted(folder.glob("*.safetensors"))
+    if checkpoints:
+        return f"to use a checkpoint in it, give the file: '{checkpoints[0]}'"
+    return f"give a folder as diffusers saves it, with {INDEX} in it"
+
+
+def _is_network(class_name: str) -> bool:
+    return not class_name.removesuffix("Fast").endswith(("Tokenizer", "Scheduler", "Processor", "Extractor"))
+
+
+def _check_network(part: Path) -> bool:
+    """Whether the part has its weights in the fp16 variant only. Raises BaseError if it has none that are whole."""
+    if not (part / "config.json").is_file():
+        raise BaseError(f"'{part}' is not complete: config.json is missing", "copy or download it again")
+    files = choose_weights([file.name for file in part.iterdir()], prefer_half=False)
+    if not files:
+        pickled = [file.name for file in part.iterdir() if file.suffix in PICKLES]
+        if pickled:
+            raise BaseError(f"'{part}' has its weights only as a pickle, '{pickled[0]}'", NO_PICKLES)
+        raise BaseError(f"'{part}' is not complete: it has no weights (.safetensors)", "copy or download it again")
+    for file in files:
+        check_weights(part / file)
+    _check_shards(part, files)
+    return bool(_HALF.fullmatch(files[0]))
+
+
+def _check_shards(part: Path, files: list[str]) -> None:
+    counts = {int(match[1]) for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
+    if counts and len(files) != max(counts):
+        raise BaseError(
+            f"'{part}' is not complete: {len(files)} of {max(counts)} weight files", "copy or download it again"
+        )
+
+
+def check_weights(file: Path) -> None:
+    """Reads a safetensors header. Raises BaseError for a file that is truncated, damaged or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(2)
+        if start == b"PK" or start[:1] == b"\x80":
+            raise BaseError(f"'{file}' is a pickle, whatever its name says", NO_PICKLES)
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BaseError(f"'{file}' is damaged or truncated: {error}", "copy or download it again") from None

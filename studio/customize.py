@@ -1,0 +1,247 @@
+"""Teaching a base a concept from pictures: the task behind every method that adds patches.
+
+Pictures and captions are encoded once and cached by content; then each step noises some latents and compares what the
+patched denoiser predicts. B samples, C H W the latents' axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from studio.adapter import Card, new_adapter
+from studio.attachment import attach
+from studio.base import Condition, Request
+from studio.bases.latent_diffusion import LatentDiffusion
+from studio.data.cache import Cache
+from studio.data.order import Order
+from studio.data.pictures import Picture, PictureSet, load_mask, load_pixels
+from studio.data.sticker_pool import to_pixels
+from studio.errors import WorkError
+from studio.fit import Group
+from studio.keyed import torch_generator
+from studio.method import PatchMethod
+from studio.preset import Preset
+from studio.run import Event, Run
+from studio.samples import save_picture
+from studio.words import WordAttachment, fresh_words
+
+VALIDATION_DRAWS = 8  # noises and times per held-out picture
+
+
+@dataclass
+class Example:
+    """One picture as it is trained on: latents by flip, its caption, and what its loss counts."""
+
+    name: str
+    latents: list[Tensor]
+    caption: str
+    bucket: tuple[int, int]
+    weight: float = 1.0
+    masks: list[Tensor] | None = None
+
+
+class AdapterTask:
+    """Trains the patches (and learned words) of one adapter on a set of pictures."""
+
+    def __init__(
+        self,
+        method: PatchMethod,
+        base: LatentDiffusion,
+        preset: Preset,
+        run: Run,
+        pictures: PictureSet,
+        card: Card,
+        cache: Cache,
+    ) -> None:
+        self.method, self.base, self.preset, self.run = method, base, preset, run
+        self.cache = cache
+        self.sites = base.select(method.target_modules)
+        weights = {name: site.module.weight.detach() for name, site in self.sites.items()}
+        shapes = {name: site.shape for name, site in self.sites.items()}
+        self.adapter = new_adapter(method, shapes, card, weights)
+        if preset.learned_words:
+            self.adapter.words = fresh_words(base, card.trigger, card.class_word, preset.learned_words, preset.seed)
+        self.encodes_in_loop = bool(self.adapter.words) or any(
+            site.component in base.text_encoder_names for site in self.sites.values()
+        )
+        self.attachment = attach(self.sites, self.adapter.by_site())
+        self.words = WordAttachment(base, self.adapter.words)
+        self.pictures, self.held_out_pictures = pictures.pictures, pictures.held_out
+        self.conditions: dict[tuple[str, tuple[int, int]], Condition] = {}
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[Event]:
+        """Encodes pictures and captions, draws the prior's class pictures; yields `progress` events."""
+        self.attachment.weight = 0.0  # the prior is what the base draws by itself
+        self.examples: list[Example] = []
+        for number, picture in enumerate(self.pictures):
+            yield Event("progress", 0, {"what": "encoding pictures", "done": number, "total": len(self.pictures)})
+            self.examples.append(self._encode(picture))
+        self.held_out = [self._encode(picture) for picture in self.held_out_pictures]
+        subjects = len(self.examples)
+        yield from self._draw_prior()
+        self.attachment.weight = 1.0
+        buckets = [example.bucket for example in self.examples]
+        processes = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+        self.order = Order(
+            buckets[:subjects], self.preset.batch_size * processes, self.preset.seed, prior=buckets[subjects:]
+        )
+        if not self.encodes_in_loop:
+            captions = {(e.caption, e.bucket) for e in (*self.examples, *self.held_out)}
+            captions |= {("", bucket) for _, bucket in captions} if self.preset.data.caption_dropout else set()
+            for caption, bucket in sorted(captions):
+                self.conditions[caption, bucket] = self._encode_caption(caption, bucket)
+
+    def _key(self, *parts: object) -> str:
+        return "|".join(map(str, (self.base.identity().architecture, self.base.identity().values, *parts)))
+
+    def _encode(self, picture: Picture) -> Example:
+        flips = (False, True) if self.preset.data.flip else (False,)
+
+        def compute() -> dict[str, Tensor]:
+            pixels = torch.stack([load_pixels(picture, flip) for flip in flips])
+            with torch.no_grad():
+                return {"latents": self.base.encode_pictures(pixels).float().cpu()}
+
+        latents = self.cache.get(self._key("latents", picture.content, picture.bucket, flips), compute)["latents"]
+        masks = None
+        if picture.mask is not None:
+            masks = [load_mask(picture, (latents.shape[-1], latents.shape[-2]), flip) for flip in flips]
+        return Example(picture.name, list(latents), picture.caption, picture.bucket, masks=masks)
+
+    def _encode_caption(self, caption: str, bucket: tuple[int, int]) -> Condition:
+        def compute() -> Condition:
+            with torch.no_grad():
+                return {k: v.float().cpu() for k, v in self.base.encode_prompts([caption], bucket).items()}
+
+        return self.cache.get(self._key("caption", caption, bucket), compute)
+
+    def _draw_prior(self) -> Iterator[Event]:
+        prior, fill = self.preset.data.prior, self._fill
+        prompts = [fill(prompt) for prompt in prior.prompts]
+        side = self.preset.data.resolution or self.base.resolution
+        for number in range(prior.pictures):
+            yield Event("progress", 0, {"what": "drawing class pictures", "done": number, "total": prior.pictures})
+            prompt = prompts[number % len(prompts)]
+
+            def compute(prompt: str = prompt, number: int = number) -> dict[str, Tensor]:
+                request = Request([prompt], [number], steps=self.preset.sample_steps, width=side, height=side)
+                with torch.no_grad():
+                    pixels = to_pixels(self.base.generate(request))
+                    return {"latents": self.base.encode_pictures(pixels).float().cpu()}
+
+            key = self._key("prior", prompt, number, side, self.preset.sample_steps)
+            latents = list(self.cache.get(key, compute)["latents"])
+            self.examples.append(Example(f"class picture {number}", latents, prompt, (side, side), prior.weight))
+
+    def _fill(self, text: str) -> str:
+        return text.replace("{trigger}", self.adapter.card.trigger).replace("{class}", self.adapter.card.class_word)
+
+    # -- what the loop asks ------------------------------------------------------------------------------------
+
+    def groups(self) -> list[Group]:
+        patches = {
+            f"{site}.{term}.{name}": parameter
+            for site, terms in self.adapter.patches.items()
+            for term, patch in terms.items()
+            for name, parameter in patch.named_parameters()
+        }
+        words: dict[str, Any] = {f"{e}.{w}": v for e, ws in self.adapter.words.items() for w, v in ws.items()}
+        groups = [Group(patches)]
+        if words:
+            groups.append(Group(words, self.preset.learned_words_lr / self.preset.learning_rate))
+        return groups
+
+    def losses(self, step: int, micro: int, slots: range) -> Tensor:
+        batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
+        examples = [self.examples[batch[slot]] for slot in slots]
+        return self._losses(examples, [(self.preset.seed, step, micro, slot) for slot in slots])
+
+    def _losses(self, examples: list[Example], keys: list[tuple[object, ...]]) -> Tensor:
+        generators = [torch_generator("sample", *key) for key in keys]
+        flips = [int(torch.randint(len(e.latents), (), generator=g)) for e, g in zip(examples, generators)]
+        dropped = [float(torch.rand((), generator=g)) < self.preset.data.caption_dropout for g in generators]
+        objective, device = self.base.objective, self.base.device
+        times = torch.stack([objective.draw_time(g) for g in generators])
+        clean = torch.stack([e.latents[flip] for e, flip in zip(examples, flips)]).to(device)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(device)
+        captions = ["" if drop else e.caption for e, drop in zip(examples, dropped)]
+        noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
+        condition = self._condition(captions, examples[0].bucket)
+        error = (self.base.predict(noisy, objective.network_time(times), condition).float() - target).square()
+        error = self._masked(error, examples, flips)
+        loss = error.mean((1, 2, 3)) * torch.tensor([e.weight for e in examples], device=device)
+        if self.preset.min_snr_gamma:
+            loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(device)
+        return loss
+
+    def _condition(self, captions: list[str], bucket: tuple[int, int]) -> Condition:
+        if self.encodes_in_loop:
+            return self.base.encode_prompts(captions, bucket)
+        parts = [self.conditions[caption, bucket] for caption in captions]
+        return {key: torch.cat([part[key] for part in parts]).to(self.base.device) for key in parts[0]}
+
+    @staticmethod
+    def _masked(error: Tensor, examples: list[Example], flips: list[int]) -> Tensor:
+        """Weights the error by the masks, each scaled to a mean of 1 so that the loss keeps its size."""
+        if all(example.masks is None for example in examples):
+            return error
+        ones = torch.ones(1, *error.shape[-2:])
+        masks = torch.stack([ones if e.masks is None else e.masks[flip] for e, flip in zip(examples, flips)])
+        masks = masks / masks.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+        return error * masks.to(error)
+
+    def describe(self, step: int, micro: int, slots: range) -> str:
+        batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
+        names = ", ".join(self.examples[batch[slot]].name for slot in slots)
+        return f"pictures {names}, with the times of seed {self.preset.seed}, step {step + 1}"
+
+    def validation_loss(self) -> float | None:
+        if not self.held_out:
+            return None
+        self._train_mode(False)
+        values = [
+            self._losses([example], [("validation", self.preset.seed, example.name, draw)])
+            for example in self.held_out
+            for draw in range(VALIDATION_DRAWS)
+        ]
+        self._train_mode(True)
+        return torch.cat(values).mean().item()
+
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        self.attachment.weight = float(step > 0)
+        self._train_mode(False)
+        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
+            picture = self.base.generate(Request([prompt], [column], steps=self.preset.sample_steps))[0]
+            yield save_picture(self.run, picture, step, column, prompt, column)
+        self._train_mode(True)
+        self.attachment.weight = 1.0
+
+    def _train_mode(self, on: bool) -> None:
+        for terms in self.adapter.patches.values():
+            for patch in terms.values():
+                patch.train(on)  # dropout
+
+    def save(self, folder: Path) -> None:
+        self.adapter.save(folder / "adapter.safetensors")
+
+    def check_first_step(self) -> None:
+        names = {site.module: name for name, site in self.sites.items()}
+        silent = self.attachment.silent_sites(names)
+        if silent:
+            raise WorkError(
+                f"{len(silent)} of {len(self.sites)} patched layers were never reached, first '{silent[0]}'",
+                hint="leave them out of method.target_modules",
+            )
+
+    def close(self) -> None:
+        """Takes everything off the base again."""
+        self.attachment.detach()
+        self.words.detach()

@@ -1,0 +1,85 @@
+"""An adapter seen as weight changes: per site, the sum of what its terms add to the weight.
+
+O out, I in, R rank; the ranks of the terms on a site add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from studio.adapter import Adapter
+from studio.base import Base
+from studio.errors import AdapterError, ExportRefused, nearest
+from studio.patch import Delta, LayerShape
+
+
+@dataclass(frozen=True)
+class SiteDelta:
+    """The change of one weight. `shape` is None where the layer is neither linear nor a convolution."""
+
+    name: str
+    shape: LayerShape | None
+    module: nn.Module
+    terms: tuple[Delta, ...]
+
+    @property
+    def component(self) -> str:
+        return self.name.split(".", 1)[0]
+
+    @property
+    def path(self) -> str:
+        return self.name.split(".", 1)[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight, which an export never changes."""
+        weight: Tensor = self.module.get_parameter("weight").detach()
+        return weight
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The delta in fp64 on the CPU, of the weight's shape. Raises AdapterError if it is not finite."""
+        weight = self.weight
+        total = torch.zeros(weight.shape, dtype=torch.float64)
+        for term in self.terms:
+            device = next((value.device for value in term.state_dict().values()), weight.device)
+            total += term.delta(weight.to(device, torch.float32)).detach().double().cpu()
+        if not total.isfinite().all():
+            raise AdapterError(f"the delta at '{self.name}' is not finite")
+        return total
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(down, up) of all terms side by side, with delta = up @ down; None if a term has no such form."""
+        pairs = [term.low_rank() for term in self.terms]
+        if any(pair is None for pair in pairs):
+            return None
+        downs, ups = zip(*[pair for pair in pairs if pair is not None], strict=True)
+        return torch.cat([d.cpu().float() for d in downs], 0), torch.cat([u.cpu().float() for u in ups], 1)
+
+
+def site_deltas(adapter: Adapter, base: Base) -> dict[str, SiteDelta]:
+    """The weight changes of an adapter by site.
+
+    Raises ExportRefused for patches that do not live in weight space, AdapterError for a site the base has not.
+    """
+    found = {}
+    shapes = {name: site.shape for name, site in base.sites().items()}
+    layers = {
+        f"{component}.{path}": module
+        for component, root in base.components.items()
+        for path, module in root.named_modules()
+    }
+    for name, terms in adapter.patches.items():
+        if name not in layers:
+            raise AdapterError(f"site '{name}' is not in '{base.name}'", nearest(name, layers))
+        deltas = tuple(patch for patch in terms.values() if isinstance(patch, Delta))
+        if len(deltas) < len(terms):
+            raise ExportRefused(
+                f"'{adapter.card.method['kind']}' adds modules that are no change of weights (first at '{name}')",
+                "such an adapter works only in the studio",
+            )
+        found[name] = SiteDelta(name, shapes.get(name), layers[name], deltas)
+    return found

@@ -1,0 +1,143 @@
+"""`report.html`: a run on one self-contained page: figures, loss curve, samples, settings. No script, no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from studio.files import write_atomically
+from studio.run import Run
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #d8dbe2; --ground: #fff; --curve: #2f6fdd; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8eaf0; --soft: #9aa2b1; --line: #353a46; --ground: #15181e; --curve: #7aa8ff; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 2rem auto;
+  max-width: 70rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+p, td, th { color: var(--soft) } b { color: var(--ink) }
+table { border-collapse: collapse } td, th { padding: .3rem .5rem; text-align: left; vertical-align: top;
+  font-weight: normal } .grid { overflow-x: auto } .grid img { width: 128px; border-radius: 6px; display: block }
+pre { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; overflow-x: auto; font-size: 13px }
+svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 12px }
+"""
+
+
+def write_report(run: Run) -> None:
+    """Writes `report.html` from what lies in the run folder."""
+    history = run.history()
+    last = history[-1] if history else {}
+    steps = [e for e in history if e["kind"] == "step"]
+    parts = [
+        f"<h1>{html.escape(run.folder.name)}</h1><p>{html.escape(_outcome(last, steps))}</p>",
+        "<h2>Loss</h2>" + loss_curve(steps, [e for e in history if e["kind"] == "validation"]),
+        "<h2>Samples</h2><p>Rows are steps; the first is the base alone. Noise and prompts are the same in each row.</p>"
+        + _sample_grid(run, [e for e in history if e["kind"] == "sample"]),
+        _list("Warnings", [e.get("text", "") for e in history if e["kind"] == "warning"]),
+        f"<h2>Settings</h2><pre>{html.escape(_text(run.preset_path))}</pre>",
+    ]
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{html.escape(run.folder.name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    write_atomically(run.folder / "report.html", page)
+
+
+def _outcome(last: dict[str, Any], steps: list[dict[str, Any]]) -> str:
+    done = f"{steps[-1]['step']} steps" if steps else "no step"
+    kind = last.get("kind")
+    if kind == "finished":
+        return f"Finished: {done} in {last.get('seconds', 0):.0f} s."
+    if kind == "failed":
+        return f"Failed after {done}: {last.get('error', '')}"
+    return f"{'Stopped' if kind == 'stopped' else 'Unfinished'} after {done}."
+
+
+def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    result, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        result.append(total / norm)
+    return result
+
+
+def loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> str:
+    """An SVG of the loss: faint as measured, strong smoothed, dots for held-out data."""
+    if not steps:
+        return "<p>No step was made.</p>"
+    width, height, left, bottom = 900, 260, 60, 30
+    xs, raw = [e["step"] for e in steps], [e["loss"] for e in steps]
+    smooth = smoothed(raw)
+    shown = sorted(raw)[: max(1, int(len(raw) * 0.98))] + [e["loss"] for e in validations]
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+
+    def point(step: int, loss: float) -> str:
+        x = left + (width - left - 10) * (step - xs[0]) / max(1, xs[-1] - xs[0])
+        y = 10 + (height - bottom - 10) * (1 - (min(loss, high) - low) / span)
+        return f"{x:.1f},{y:.1f}"
+
+    stride = max(1, len(xs) // 1000)
+    lines = [
+        f"<polyline fill='none' stroke='var(--curve)' stroke-opacity='{opacity}' stroke-width='{stroke}' points='"
+        + " ".join(point(x, y) for x, y in list(zip(xs, values, strict=True))[::stride])
+        + "'/>"
+        for values, opacity, stroke in ((raw, 0.25, 1), (smooth, 1, 2))
+    ]
+    for event in validations:
+        x, y = point(event["step"], event["loss"]).split(",")
+        lines.append(f"<circle cx='{x}' cy='{y}' r='4' fill='#e07b39'/>")
+    ticks = [low, (low + high) / 2, high]
+    labels = [f"<text x='0' y='{point(xs[0], t).split(',')[1]}'>{t:.4g}</text>" for t in ticks]
+    labels += [f"<text x='{left}' y='{height - 5}'>step {xs[0]}</text>"]
+    labels += [f"<text x='{width - 10}' y='{height - 5}' text-anchor='end'>step {xs[-1]}</text>"]
+    legend = "<p>Faint: each step. Strong: smoothed." + (" Dots: held-out pictures." if validations else "") + "</p>"
+    return (
+        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='Loss over steps, from {raw[0]:.4g} to "
+        f"{smooth[-1]:.4g}'>{''.join(lines)}{''.join(labels)}</svg>{legend}"
+    )
+
+
+def _sample_grid(run: Run, samples: list[dict[str, Any]]) -> str:
+    if not samples:
+        return "<p>None were drawn.</p>"
+    prompts = list(dict.fromkeys(e["prompt"] for e in samples))
+    rows: dict[int, dict[str, dict[str, Any]]] = {}
+    for event in samples:
+        rows.setdefault(event["step"], {})[event["prompt"]] = event
+    head = "".join(f"<th scope='col'>{html.escape(p)}</th>" for p in prompts)
+    body = ""
+    for step, row in sorted(rows.items()):
+        cells = "".join(f"<td>{_picture(run, row[p]) if p in row else ''}</td>" for p in prompts)
+        body += f"<tr><th scope='row'>{'base' if step == 0 else step}</th>{cells}</tr>"
+    return f"<div class='grid'><table><tr><th></th>{head}</tr>{body}</table></div>"
+
+
+def _picture(run: Run, event: dict[str, Any]) -> str:
+    try:
+        picture = Image.open(run.folder / event["path"]).convert("RGB")
+    except OSError:
+        return "missing"
+    picture.thumbnail((1024, 256))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=90)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{html.escape(event['prompt'], quote=True)}' src='data:image/webp;base64,{data}'>"
+
+
+def _list(title: str, lines: list[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in dict.fromkeys(lines))
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,0 +1,306 @@
+"""From a request to a running training: everything is checked before anything is written.
+
+`plan` resolves preset, base, data, names and folders and raises RequestError for whatever is wrong; the Training it
+returns is an iterator of events that writes the run folder, the adapter, the library entry, exports and the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import studio
+from studio import library
+from studio.adapter import Card
+from studio.base import Base
+from studio.bases.registry import load_base
+from studio.customize import AdapterTask
+from studio.data.cache import Cache
+from studio.data.pictures import PictureSet, scan
+from studio.errors import PresetError, RequestError
+from studio.files import slug, slugify
+from studio.fit import Task, fit
+from studio.keyed import key_of
+from studio.method import PatchMethod, methods
+from studio.paths import studio_home
+from studio.preset import Preset, apply_settings, make_preset, read_preset
+from studio.report import write_report
+from studio.run import Event, Run
+from studio.samples import before_after
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the user asks for. Fields left None come from the preset."""
+
+    preset: str
+    data: str | None = None
+    base: str | None = None
+    method: str | None = None
+    name: str | None = None
+    run: Path | None = None
+    settings: Sequence[str] = ()
+    steps: int | None = None
+    seed: int | None = None
+
+
+def resolve(order: Order) -> tuple[Preset, list[str]]:
+    """The preset with the request's changes applied, and what was changed, as lines `key: old -> new`."""
+    content = read_preset(order.preset)
+    original = make_preset(content)
+    settings = list(order.settings)
+    if order.method is not None:
+        content = _with_method(content, original, order.method)
+    shortcuts = {"data.path": order.data, "base": order.base, "steps": order.steps, "seed": order.seed}
+    for key, value in shortcuts.items():
+        if value is not None:
+            parent, _, last = key.rpartition(".")
+            (content.setdefault(parent, {}) if parent else content)[last] = value
+    preset = make_preset(apply_settings(content, settings))
+    return preset, _differences(original.model_dump(mode="json"), preset.model_dump(mode="json"))
+
+
+def _with_method(content: dict[str, Any], original: Preset, kind: str) -> dict[str, Any]:
+    """The preset's method replaced by `kind` with its own defaults, at the same layers and its own learning rate."""
+    replaced: dict[str, Any] = {"kind": kind}
+    if isinstance(original.method, PatchMethod):
+        replaced["target_modules"] = list(original.method.target_modules)
+    changed = {**content, "method": replaced}
+    if kind in methods() and kind != original.method.kind:
+        changed["learning_rate"] = methods()[kind].learning_rate
+    return changed
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
+    return [] if old == new else [f"{key}: {old} -> {new}"]
+
+
+# -- names -----------------------------------------------------------------------------------------------------
+
+ONSETS, VOWELS = "b d f g k l m n p r s t v z".split(), "aeiou"
+
+
+def fresh_trigger(fingerprint: str) -> str:
+    """A pronounceable word that no vocabulary has, the same for the same data: "zovuki"."""
+    number = key_of("trigger", fingerprint)
+    word = ""
+    for _ in range(3):
+        number, onset = divmod(number, len(ONSETS))
+        number, vowel = divmod(number, len(VOWELS))
+        word += ONSETS[onset] + VOWELS[vowel]
+    return word
+
+
+# -- the plan --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A training that is ready to start. Nothing has been written yet."""
+
+    preset: Preset
+    changes: list[str]
+    base: Any
+    run: Run
+    name: str
+    accelerator: Accelerator
+    card: Card | None = None
+    pictures: PictureSet | None = None
+    resume: bool = False
+
+    def events(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Trains; every event is stored in the run folder before it is yielded."""
+        main = self.accelerator.is_main_process
+        if main:
+            self.run.prepare()
+            self.run.save_preset(self.preset.to_yaml())
+            library.register_run(self.run.folder)
+        for event in self._train(should_stop):
+            if main and event.kind != "progress":
+                self.run.append(event)
+            yield event
+
+    def _train(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
+        cache = Cache(studio_home() / "cache")
+        if isinstance(self.preset.method, PatchMethod):
+            assert self.pictures is not None
+            assert self.card is not None
+            task: Task = AdapterTask(
+                self.preset.method,
+                self.base,
+                self.preset,
+                self.run,
+                self.pictures,
+                self.card,
+                cache,
+            )
+            yield from self._warnings()
+            yield from task.prepare()
+        else:
+            task = self.preset.method.task(self.base, self.preset, self.run)
+        if self.preset.gradient_checkpointing:
+            self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        try:
+            for event in fit(task, self.preset, self.run, self.accelerator, self.resume, should_stop):
+                if event.kind == "finished":
+                    event = Event("finished", event.step, {**self._finish(task), **event.data})
+                yield event
+        finally:
+            if isinstance(task, AdapterTask):
+                task.close()
+            if self.accelerator.is_main_process:
+                write_report(self.run)
+
+    def _warnings(self) -> Iterator[Event]:
+        assert self.pictures is not None
+        for name, reason in self.pictures.report.dropped:
+            yield Event("warning", 0, {"text": f"{name} is left out: {reason}"})
+        for text in self.pictures.report.warnings:
+            yield Event("warning", 0, {"text": text})
+
+    def _finish(self, task: Task) -> dict[str, Any]:
+        if not self.accelerator.is_main_process:
+            return {}
+        task.save(self.run.folder)
+        if not isinstance(task, AdapterTask):
+            return {"base": str(self.run.folder / "base")}
+        task.adapter.card.steps = self.preset.steps
+        task.save(self.run.folder)
+        before_after(self.run)
+        preview = next(iter(sorted(self.run.samples.glob(f"{self.preset.steps:06d}-*.png"))), None)
+        facts = {"run": str(self.run.folder.resolve())}
+        stored = library.add(self.name, self.run.adapter_path, facts, preview)
+        return {"adapter": str(self.run.adapter_path), "library": str(stored), "exports": self._export(task)}
+
+    def _export(self, task: AdapterTask) -> dict[str, str]:
+        from studio.exporting import export_adapter
+
+        task.close()
+        exports: dict[str, str] = {}
+        for target in self.preset.export:
+            out = self.run.folder / "exports" / target
+            export_adapter(task.adapter, self.base, target, out, force=True)
+            exports[target] = str(out)
+        return exports
+
+
+def plan(order: Order) -> Training:
+    """Checks a request and makes it ready to run. Raises RequestError; writes nothing."""
+    preset, changes = resolve(order)
+    accelerator = _accelerator(preset)
+    if order.name is not None:
+        slug(order.name)
+    run_folder = order.run
+    if run_folder is not None and (run_folder / "events.jsonl").exists():
+        raise RequestError(
+            f"'{run_folder}' already holds a run",
+            f"resume it with --resume --run {run_folder}, or choose another folder",
+        )
+    if not isinstance(preset.method, PatchMethod):
+        base = _blueprint(preset)
+        name = order.name or slugify(Path(order.preset).stem)
+        return Training(preset, changes, base.to(accelerator.device), _run(run_folder, name), name, accelerator)
+    base = load_base(preset.base).to(accelerator.device)
+    base.notes.append(base.choose_attention())
+    pictures, trigger = _scan(preset, base, order.name)
+    preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
+    name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
+    card = _card(preset, base, pictures, trigger)
+    base.select(preset.method.target_modules)  # raises for a target that is not there
+    return Training(preset, changes, base, _run(run_folder, name), name, accelerator, card, pictures)
+
+
+def plan_resume(folder: Path) -> Training:
+    """The plan of a run that was stopped or killed, from its own preset."""
+    run = Run(folder)
+    if not run.preset_path.exists():
+        raise RequestError(f"'{folder}' is not the folder of a run", "give --run the folder that holds preset.yaml")
+    run.newest_checkpoint()
+    content = read_preset(str(run.preset_path))
+    preset = make_preset(content)
+    accelerator = _accelerator(preset)
+    name = (
+        folder.resolve().name.split("-", 2)[-1]
+        if folder.resolve().parent == library.runs_dir().resolve()
+        else folder.name
+    )
+    if not isinstance(preset.method, PatchMethod):
+        base = _blueprint(preset).to(accelerator.device)
+        return Training(preset, [], base, run, name, accelerator, resume=True)
+    base = load_base(preset.base).to(accelerator.device)
+    pictures, trigger = _scan(preset, base, None)
+    card = _card(preset, base, pictures, trigger)
+    return Training(preset, [], base, run, name, accelerator, card, pictures, resume=True)
+
+
+def _scan(preset: Preset, base: Any, name: str | None) -> tuple[PictureSet, str]:
+    """The pictures with their captions, and the trigger word that is in them."""
+    if preset.data.path is None:
+        raise PresetError("there is nothing to train on", "give a folder of pictures with --data")
+    folder = Path(preset.data.path).expanduser()
+    resolution = preset.data.resolution or base.resolution
+
+    def scanned(trigger: str) -> PictureSet:
+        fill = {"trigger": trigger, "class": preset.data.class_word}
+        return scan(folder, preset.data, fill, resolution, base.size_multiple)
+
+    trigger = preset.data.trigger or "".join(letter for letter in (name or "").lower() if letter.isalnum())
+    if not trigger:
+        trigger = fresh_trigger(scanned("trigger").fingerprint)
+    return scanned(trigger), trigger
+
+
+def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Card:
+    from studio.adapter import SiteCard
+
+    assert isinstance(preset.method, PatchMethod)
+    sites = base.select(preset.method.target_modules)
+    shown = preset.model_dump(mode="json")
+    shown["data"] = {**shown["data"], "path": None}  # folders can tell more than their owner wants
+    return Card(
+        method=preset.method.model_dump(mode="json"),
+        base=base.identity(),
+        sites={name: SiteCard(**vars(site.shape)) for name, site in sites.items()},
+        trigger=trigger,
+        class_word=preset.data.class_word,
+        concept=f"{pictures.fingerprint}:{trigger}",
+        data_fingerprint=pictures.fingerprint,
+        data_count=len(pictures.pictures),
+        preset=shown,
+        seed=preset.seed,
+        library_version=studio.__version__,
+    )
+
+
+def _blueprint(preset: Preset) -> Base:
+    """The networks that `scratch` begins with: random, or those of `init_from`."""
+    from studio.bases.sticker import build_sticker
+
+    if preset.base != "sticker":
+        raise PresetError(f"there is no blueprint of a base '{preset.base}'", "there is: sticker")
+    base = build_sticker(preset.seed)
+    init_from = getattr(preset.method, "init_from", None)
+    if init_from:
+        trained = load_base(init_from)
+        for name, module in base.modules.items():
+            if name not in preset.method.fresh:
+                module.load_state_dict(trained.modules[name].state_dict())
+        base.pipe.vae.register_to_config(scaling_factor=trained.pipe.vae.config.scaling_factor)
+    return base
+
+
+def _accelerator(preset: Preset) -> Accelerator:
+    return Accelerator(mixed_precision=preset.mixed_precision, cpu=not torch.cuda.is_available())
+
+
+def _run(folder: Path | None, name: str) -> Run:
+    return Run(folder or library.runs_dir() / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")

@@ -1,0 +1,65 @@
+"""The arrows of docs/architecture.md: who may import whom, and that help is instant."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEAVES = {"errors.py": set(), "patch.py": {"torch"}, "objective.py": {"torch"}}
+
+
+def imported(path):
+    """The top-level packages that a file imports, wherever in the file it does so."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+def files(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("studio"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_core_never_imports_trainers_or_the_ui(path):
+    assert not {name.split(".")[0] for name in imported(path)} & {"trainers", "ui", "gradio"}
+
+
+@pytest.mark.parametrize("path", files("trainers"), ids=lambda p: p.stem)
+def test_trainers_never_import_each_other_or_the_ui(path):
+    assert not {name.split(".")[0] for name in imported(path)} & {"trainers", "ui", "gradio"}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves_import_torch_and_the_standard_library_alone(name):
+    foreign = {n.split(".")[0] for n in imported(ROOT / "studio" / name)} - set(sys.stdlib_module_names)
+    assert foreign <= LEAVES[name]
+
+
+@pytest.mark.parametrize("package", ["studio", "trainers"])
+def test_nothing_is_ever_unpickled_and_no_shell_or_remote_code_is_run(package):
+    banned = ("torch.load(", "pickle.", "import pickle", "trust_remote_code=True", "shell=True", "os.system")
+    for path in files(package):
+        text = path.read_text()
+        assert not [word for word in banned if word in text], path
+
+
+def test_help_loads_no_torch():
+    program = "import sys; from studio.cli import app; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    import studio
+
+    modules = {path.stem for path in (ROOT / "studio").glob("*.py")} | {
+        p.name for p in (ROOT / "studio").iterdir() if p.is_dir()
+    }
+    assert not modules & set(studio.__all__)
