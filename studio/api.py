@@ -10,7 +10,7 @@ from typing import Any
 from studio.adapter import Adapter
 from studio.base import Base, Request
 from studio.bases.registry import load_base
-from studio.generation import parse_use, wearing
+from studio.generation import Use, parse_use, wearing
 from studio.run import Event
 
 __all__ = ["attach", "export", "generate", "load_base", "train"]
@@ -35,7 +35,7 @@ def generate(
 ) -> list[Any]:
     """Pictures of a prompt, with seeds from `seed` on. Without `base`, that of the first adapter."""
     uses = [parse_use(text) for text in adapters]
-    loaded = load_base(base or (uses[0].adapter.card.base.name if uses else "sticker"))
+    loaded = load_base(base or (uses[0].base if uses else "sticker"))
     with wearing(loaded, uses):
         return loaded.generate(Request([prompt] * count, list(range(seed, seed + count))))
 
@@ -44,5 +44,5 @@ def export(adapter: str | Adapter, to: str, out: str | Path, **options: Any) -> 
     """Writes an adapter in another program's format and proves it by reloading; returns the report."""
     from studio.exporting import export_adapter
 
-    loaded = adapter if isinstance(adapter, Adapter) else parse_use(adapter).adapter
-    return export_adapter(loaded, load_base(loaded.card.base.name), to, Path(out), **options)
+    use = Use("adapter", adapter) if isinstance(adapter, Adapter) else parse_use(adapter)
+    return export_adapter(use.adapter, load_base(use.base), to, Path(out), **options)

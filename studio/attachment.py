@@ -23,7 +23,7 @@ class Site:
     """A layer that a method may patch. `name` begins with the component: `unet.mid_block...to_q`."""
 
     name: str
-    module: nn.Module
+    module: Any  # linear or convolution
     shape: LayerShape
 
     @property

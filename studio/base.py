@@ -139,7 +139,7 @@ class Base(ABC):
 
     def identity(self) -> BaseIdentity:
         return BaseIdentity(
-            name=self.name,
+            name=Path(self.name).name if Path(self.name).exists() else self.name,  # no folders of the user's
             family=self.family,
             architecture=_architecture(self.components),
             values=_value_sketch(self.components),

@@ -172,7 +172,7 @@ def generate(
     width, height = _parse_size(size)
     paths = picture_paths(out_path, count, prompt, force)
     uses = [parse_use(text) for text in adapter or ()]
-    loaded = load_base(base or (uses[0].adapter.card.base.name if uses else "sticker"))
+    loaded = load_base(base or (uses[0].base if uses else "sticker"))
     with wearing(loaded, uses) as warnings, CountProgress("drawing", count) as progress:
         for warning in warnings:
             say(f"warning: {warning}", style="yellow")
@@ -207,7 +207,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter for other programs, proven by reloading. Example: studio export my-cat --to diffusers --out lora/"""
+    """Write an adapter for other programs, proven by reloading. Example: studio export my-cat --out lora/"""
     from studio.bases.registry import load_base
     from studio.exporting import export_adapter
     from studio.generation import parse_use
@@ -215,7 +215,7 @@ def export(
     use = parse_use(adapter)
     if out_path is None:
         raise RequestError("export needs a folder to write", "add --out FOLDER")
-    loaded = load_base(base or use.adapter.card.base.name)
+    loaded = load_base(base or use.base)
     report = export_adapter(
         use.adapter, loaded, to, out_path, rank=rank, allow_approximate=allow_approximate, force=force
     )
@@ -254,7 +254,7 @@ def check(
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any field.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at data, settings, memory and export without training. Example: studio check --preset subject --data photos/"""
+    """Look at data, settings, memory and export; train nothing. Example: studio check --data photos/"""
     from studio.preflight import preflight
     from studio.training import Order
 
@@ -337,7 +337,7 @@ def runs(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Versions, devices, attention, missing parts with the fix for each. Example: studio doctor"""
+    """Versions, devices, missing parts and the fix for each. Example: studio doctor"""
     from studio.doctor import diagnose
 
     rows = diagnose()
@@ -390,29 +390,34 @@ def library_note(name: str, text: str) -> None:
     note(name, text)
 
 
-def main() -> None:
-    """Entry point: errors become one line and an exit code."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code. An error is one line on stderr; `--debug` shows where it arose."""
+    debug = "--debug" in arguments
     try:
-        code = app(standalone_mode=False, prog_name="studio")
-    except StudioError as error:
-        if debug:
-            raise
-        print_error(error)
-        code = error.exit_code
-    except UsageError as error:
-        print_error(RequestError(error.format_message(), _usage_hint(error)))
-        code = 2
+        code = app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="studio")
+        return code if isinstance(code, int) else 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
     except (typer.Abort, KeyboardInterrupt):
-        code = 130
-    except OSError as error:
+        return 130
+    except (StudioError, UsageError, OSError) as error:
         if debug:
             raise
-        print_error(StudioError(f"{error.strerror or error}: {error.filename or ''}", "run with --debug to see where"))
-        code = 1
-    sys.exit(code or 0)
+        shown = _as_studio_error(error)
+        print_error(shown)
+        return shown.exit_code
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def _as_studio_error(error: Any) -> StudioError:
+    if isinstance(error, StudioError):
+        return error
+    if isinstance(error, UsageError):
+        return RequestError(error.format_message(), _usage_hint(error))
+    return StudioError(f"{error.strerror or error}: '{error.filename or ''}'", "run with --debug to see where")
 
 
 def _usage_hint(error: Any) -> str:

@@ -24,6 +24,12 @@ class Use:
     name: str
     adapter: Adapter
     weight: float = 1.0
+    trained_on: str = ""
+
+    @property
+    def base(self) -> str:
+        """The base it was trained on: as the library remembers it, else by the name in the card."""
+        return self.trained_on or self.adapter.card.base.name
 
 
 def parse_use(text: str) -> Use:
@@ -37,7 +43,8 @@ def parse_use(text: str) -> Use:
             raise RequestError(f"'{weight_text}' in '{text}' is no weight", "for example my-cat:0.8") from None
     else:
         name = text
-    return Use(name, load_adapter(library.find(name)), weight)
+    path = library.find(name)
+    return Use(name, load_adapter(path), weight, library.facts_of(path).get("base", ""))
 
 
 @contextmanager

@@ -35,12 +35,12 @@ def describe_adapter(name: str) -> dict[str, Any]:
 
 
 def _components(adapter: Adapter) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for component in dict.fromkeys(site.split(".", 1)[0] for site in adapter.patches):
-        patches = [
+        patches: list[Any] = [
             p for site, terms in adapter.patches.items() if site.startswith(f"{component}.") for p in terms.values()
         ]
-        ranks = sorted({int(patch.rank) for patch in patches if hasattr(patch, "rank")})
+        ranks = sorted({patch.rank for patch in patches if hasattr(patch, "rank")})
         rows.append(
             {
                 "part": component,

@@ -36,15 +36,16 @@ def runs_dir() -> Path:
 
 def entries() -> list[Entry]:
     """All adapters of the library, by name."""
-    return [_entry(path) for path in sorted(library_dir().glob("*.safetensors"))]
+    return [Entry(path.stem, path, facts_of(path)) for path in sorted(library_dir().glob("*.safetensors"))]
 
 
-def _entry(path: Path) -> Entry:
+def facts_of(path: Path) -> dict[str, Any]:
+    """What the library knows of the adapter in this file, beyond its card."""
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
     except (OSError, json.JSONDecodeError):
         facts = {}
-    return Entry(path.stem, path, facts if isinstance(facts, dict) else {})
+    return facts if isinstance(facts, dict) else {}
 
 
 def find(name: str) -> Path:
@@ -102,7 +103,7 @@ def rename(name: str, new: str) -> None:
 
 def note(name: str, text: str) -> None:
     path = _stored(name)
-    write_atomically(path.with_suffix(".json"), json.dumps({**_entry(path).facts, "note": text}))
+    write_atomically(path.with_suffix(".json"), json.dumps({**facts_of(path), "note": text}))
 
 
 def _stored(name: str) -> Path:

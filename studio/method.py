@@ -39,6 +39,16 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-4  # used where a preset's method is replaced by `--method`
 
+    def base(self, preset: Any) -> Any:
+        """The base that a preset's training starts from."""
+        from studio.bases.registry import load_base
+
+        return load_base(preset.base)
+
+    def task(self, base: Any, preset: Any, run: Any) -> Any:
+        """What `fit` trains, for methods that draw their own data. Raises PresetError for settings that do not fit."""
+        raise TypeError(f"{type(self).__name__} learns from a user's data")
+
 
 class PatchMethod(Method):
     """A method that adds patches to layers and leaves the base alone."""

@@ -34,7 +34,7 @@ def preflight(order: Order) -> dict[str, Any]:
         "attention": training.base.notes[-1] if training.base.notes else "",
         "pictures": len(pictures.pictures),
         "held out": len(pictures.held_out),
-        "left out": [f"{name}: {reason}" for name, reason in pictures.report.dropped],
+        "left out": [f"'{name}' {reason}" for name, reason in pictures.report.dropped],
         "warning": list(pictures.report.warnings),
         "bucket": [f"{w}x{h}: {count}" for (w, h), count in sorted(pictures.report.buckets.items())],
         "trigger": training.card.trigger,
@@ -51,7 +51,7 @@ def preflight(order: Order) -> dict[str, Any]:
         )
         run = Run(folder / "run")
         run.prepare()
-        task = AdapterTask(preset.method, training.base, probe, run, pictures, training.card, Cache(folder / "cache"))  # type: ignore[arg-type]
+        task = AdapterTask(preset.method, training.base, probe, run, pictures, training.card, Cache(folder / "cache"))
         for _ in task.prepare():
             pass
         stamps = [

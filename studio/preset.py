@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from studio.errors import PresetError, nearest
 from studio.method import Method, describe, method_from
@@ -100,6 +100,12 @@ class Preset(Schedule):
     method: AnyMethod
     data: Data = Data()
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Precision of the forward pass.")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR weighting of timesteps; 5 is usual.")
     learned_words: int = Field(0, ge=0, le=32, description="Train this many vectors for the trigger word itself.")

@@ -36,7 +36,7 @@ def write_report(run: Run) -> None:
     parts = [
         f"<h1>{html.escape(run.folder.name)}</h1><p>{html.escape(_outcome(last, steps))}</p>",
         "<h2>Loss</h2>" + loss_curve(steps, [e for e in history if e["kind"] == "validation"]),
-        "<h2>Samples</h2><p>Rows are steps; the first is the base alone. Noise and prompts are the same in each row.</p>"
+        "<h2>Samples</h2><p>Rows are steps, the first is the base alone; each has the same prompts and noise.</p>"
         + _sample_grid(run, [e for e in history if e["kind"] == "sample"]),
         _list("Warnings", [e.get("text", "") for e in history if e["kind"] == "warning"]),
         f"<h2>Settings</h2><pre>{html.escape(_text(run.preset_path))}</pre>",

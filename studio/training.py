@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from studio.base import Base
 from studio.bases.registry import load_base
 from studio.customize import AdapterTask
 from studio.data.cache import Cache
-from studio.data.pictures import PictureSet, scan
+from studio.data.pictures import Picture, PictureSet, fingerprint_of, scan
 from studio.errors import PresetError, RequestError
 from studio.files import slug, slugify
 from studio.fit import Task, fit
@@ -134,21 +134,18 @@ class Training:
         if isinstance(self.preset.method, PatchMethod):
             assert self.pictures is not None
             assert self.card is not None
-            task: Task = AdapterTask(
-                self.preset.method,
-                self.base,
-                self.preset,
-                self.run,
-                self.pictures,
-                self.card,
-                cache,
+            adapter_task = AdapterTask(
+                self.preset.method, self.base, self.preset, self.run, self.pictures, self.card, cache
             )
+            task: Task = adapter_task
             yield from self._warnings()
-            yield from task.prepare()
+            yield from adapter_task.prepare()
+            for text in cache.warnings:
+                yield Event("warning", 0, {"text": text})
         else:
             task = self.preset.method.task(self.base, self.preset, self.run)
         if self.preset.gradient_checkpointing:
-            self.base.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+            self.base.denoiser.enable_gradient_checkpointing()
         try:
             for event in fit(task, self.preset, self.run, self.accelerator, self.resume, should_stop):
                 if event.kind == "finished":
@@ -163,7 +160,7 @@ class Training:
     def _warnings(self) -> Iterator[Event]:
         assert self.pictures is not None
         for name, reason in self.pictures.report.dropped:
-            yield Event("warning", 0, {"text": f"{name} is left out: {reason}"})
+            yield Event("warning", 0, {"text": f"left out: '{name}' {reason}"})
         for text in self.pictures.report.warnings:
             yield Event("warning", 0, {"text": text})
 
@@ -177,7 +174,7 @@ class Training:
         task.save(self.run.folder)
         before_after(self.run)
         preview = next(iter(sorted(self.run.samples.glob(f"{self.preset.steps:06d}-*.png"))), None)
-        facts = {"run": str(self.run.folder.resolve())}
+        facts = {"run": str(self.run.folder.resolve()), "base": self.preset.base}
         stored = library.add(self.name, self.run.adapter_path, facts, preview)
         return {"adapter": str(self.run.adapter_path), "library": str(stored), "exports": self._export(task)}
 
@@ -206,7 +203,7 @@ def plan(order: Order) -> Training:
             f"resume it with --resume --run {run_folder}, or choose another folder",
         )
     if not isinstance(preset.method, PatchMethod):
-        base = _blueprint(preset)
+        base = preset.method.base(preset)
         name = order.name or slugify(Path(order.preset).stem)
         return Training(preset, changes, base.to(accelerator.device), _run(run_folder, name), name, accelerator)
     base = load_base(preset.base).to(accelerator.device)
@@ -215,7 +212,6 @@ def plan(order: Order) -> Training:
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
     name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
     card = _card(preset, base, pictures, trigger)
-    base.select(preset.method.target_modules)  # raises for a target that is not there
     return Training(preset, changes, base, _run(run_folder, name), name, accelerator, card, pictures)
 
 
@@ -234,7 +230,7 @@ def plan_resume(folder: Path) -> Training:
         else folder.name
     )
     if not isinstance(preset.method, PatchMethod):
-        base = _blueprint(preset).to(accelerator.device)
+        base = preset.method.base(preset).to(accelerator.device)
         return Training(preset, [], base, run, name, accelerator, resume=True)
     base = load_base(preset.base).to(accelerator.device)
     pictures, trigger = _scan(preset, base, None)
@@ -249,14 +245,22 @@ def _scan(preset: Preset, base: Any, name: str | None) -> tuple[PictureSet, str]
     folder = Path(preset.data.path).expanduser()
     resolution = preset.data.resolution or base.resolution
 
-    def scanned(trigger: str) -> PictureSet:
-        fill = {"trigger": trigger, "class": preset.data.class_word}
-        return scan(folder, preset.data, fill, resolution, base.size_multiple)
-
     trigger = preset.data.trigger or "".join(letter for letter in (name or "").lower() if letter.isalnum())
-    if not trigger:
-        trigger = fresh_trigger(scanned("trigger").fingerprint)
-    return scanned(trigger), trigger
+    fill = {"trigger": trigger or "{trigger}", "class": preset.data.class_word}
+    found = scan(folder, preset.data, fill, resolution, base.size_multiple)
+    if trigger:
+        return found, trigger
+    trigger = fresh_trigger(found.fingerprint)  # known only now, so the captions still have its place holder
+    return _with_trigger(found, trigger), trigger
+
+
+def _with_trigger(found: PictureSet, trigger: str) -> PictureSet:
+    def filled(pictures: list[Picture]) -> list[Picture]:
+        return [replace(picture, caption=picture.caption.replace("{trigger}", trigger)) for picture in pictures]
+
+    pictures = filled(found.pictures)
+    fingerprint = fingerprint_of(pictures)  # as a later scan with the word will find it
+    return replace(found, pictures=pictures, held_out=filled(found.held_out), fingerprint=fingerprint)
 
 
 def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Card:
@@ -266,6 +270,7 @@ def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Car
     sites = base.select(preset.method.target_modules)
     shown = preset.model_dump(mode="json")
     shown["data"] = {**shown["data"], "path": None}  # folders can tell more than their owner wants
+    shown["base"] = base.identity().name
     return Card(
         method=preset.method.model_dump(mode="json"),
         base=base.identity(),
@@ -279,23 +284,6 @@ def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Car
         seed=preset.seed,
         library_version=studio.__version__,
     )
-
-
-def _blueprint(preset: Preset) -> Base:
-    """The networks that `scratch` begins with: random, or those of `init_from`."""
-    from studio.bases.sticker import build_sticker
-
-    if preset.base != "sticker":
-        raise PresetError(f"there is no blueprint of a base '{preset.base}'", "there is: sticker")
-    base = build_sticker(preset.seed)
-    init_from = getattr(preset.method, "init_from", None)
-    if init_from:
-        trained = load_base(init_from)
-        for name, module in base.modules.items():
-            if name not in preset.method.fresh:
-                module.load_state_dict(trained.modules[name].state_dict())
-        base.pipe.vae.register_to_config(scaling_factor=trained.pipe.vae.config.scaling_factor)
-    return base
 
 
 def _accelerator(preset: Preset) -> Accelerator:

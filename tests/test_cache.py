@@ -65,6 +65,17 @@ def test_a_flipped_bit_is_found_and_computed_anew(tmp_path, position):
     assert cache.warnings == []
 
 
+@pytest.mark.parametrize(("old", "new"), [(b'"F32"', b'"I32"'), (b'"ids"', b'"odd"'), (b"[1,4,8,8]", b"[1,8,4,8]")])
+def test_a_changed_header_is_found_and_computed_anew(tmp_path, old, new):
+    cache, compute = Cache(tmp_path), Computed()
+    cache.get("key", compute)
+    content = cache.path("key").read_bytes()
+    assert content.count(old) == 1
+    cache.path("key").write_bytes(content.replace(old, new))
+    assert same(cache.get("key", compute), compute.tensors)
+    assert compute.times == 2
+
+
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
 def test_a_cut_file_is_computed_anew(tmp_path, length):
     cache, compute = Cache(tmp_path), Computed()

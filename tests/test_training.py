@@ -124,8 +124,8 @@ def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path):
     program.write_text(
         "import sys\nfrom pathlib import Path\nimport torch\ntorch.set_num_threads(1)\n"
         "from studio.training import Order, plan\n"
-        f"for e in plan(Order({recipe!r}, run=Path({str(tmp_path / 'two')!r}), settings={['batch_size=2', *settings]!r})).events():\n"
-        "    pass\n"
+        f"order = Order({recipe!r}, run=Path({str(tmp_path / 'two')!r}), settings={['batch_size=2', *settings]!r})\n"
+        "for event in plan(order).events():\n    pass\n"
     )
     command = [
         sys.executable,

@@ -8,7 +8,7 @@ away at the end: the features then tell apart things that no network has seen.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from studio.preset import Preset
 from studio.run import Event, Run
 
 ATTRIBUTE_WEIGHT = 0.3  # of each head's loss against the glyph's
+WHITENING_VIEWS = 4  # renderings of each glyph
 
 
 @register
@@ -121,6 +122,16 @@ class JudgeTask:
         yield from ()  # a judge draws nothing
 
     def save(self, folder: Path) -> None:
+        """Also whitens the features, by renderings of the known glyphs in their own colours."""
+        drawn, kinds = [], []
+        for kind, glyph in enumerate(self.known):
+            for view in range(WHITENING_VIEWS):
+                rng = numpy_generator("judge whitening", glyph.name, view)
+                scene = draw_scene(rng, (glyph,))
+                scene = replace(scene, things=(replace(scene.things[0], tint=""),))
+                drawn.append(render(scene, SIDE, rng))
+                kinds.append(kind)
+        self.judge.whiten(drawn, kinds)
         save_judge(self.judge, folder / "judge", len(self.known))
 
 
@@ -133,7 +144,7 @@ def draw_single(rng: np.random.Generator, glyph: Glyph, resolution: int) -> tupl
 # -- spoiling --------------------------------------------------------------------------------------------------
 
 
-def spoil(pixels: Tensor, keys: list[tuple[object, ...]], share: float) -> Tensor:
+def spoil(pixels: Tensor, keys: Sequence[tuple[object, ...]], share: float) -> Tensor:
     """Spoils that share of the pictures (B, 3, H, W) in [-1, 1], each by its own key, as small generators do."""
     spoilt = []
     for picture, key in zip(pixels, keys, strict=True):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from studio.base import Request
 from studio.bases.latent_diffusion import LatentDiffusion
+from studio.bases.registry import load_base
+from studio.bases.sticker import build_sticker
 from studio.data.sticker_pool import StickerPool, draw, draw_crop, to_pixels
 from studio.errors import PresetError
 from studio.fit import Group
@@ -40,6 +42,19 @@ class Scratch(Method):
     init_from: str | None = Field(None, description="Pipeline folder to take weights from. Default: random weights.")
     fresh: tuple[str, ...] = Field((), description="Networks that start at random although init_from has them.")
     kl_weight: float = Field(1e-4, ge=0, description="Autoencoder: weight of the mean KL divergence per latent number.")
+
+    def base(self, preset: Preset) -> LatentDiffusion:
+        """The networks to begin with: random, or those of `init_from`. Raises PresetError, BaseError."""
+        if preset.base != "sticker":
+            raise PresetError(f"there is no blueprint of a base '{preset.base}'", "there is: sticker")
+        base = build_sticker(preset.seed)
+        if self.init_from is not None:
+            trained = load_base(self.init_from)
+            for name, module in base.modules.items():
+                if name not in self.fresh:
+                    module.load_state_dict(trained.modules[name].state_dict())
+            base.pipe.vae.register_to_config(scaling_factor=trained.pipe.vae.config.scaling_factor)
+        return base
 
     def task(self, base: LatentDiffusion, preset: Preset, run: Run) -> AutoencoderTask | DenoiserTask:
         if preset.data.source != "stickers":
@@ -164,7 +179,8 @@ class DenoiserTask(_NetworkTask):
 
     def draw_samples(self, step: int) -> Iterator[Event]:
         for column, prompt in enumerate(self.preset.sample_prompts):
-            request = Request([prompt], [column], steps=self.preset.sample_steps)
+            side = self.resolution
+            request = Request([prompt], [column], steps=self.preset.sample_steps, width=side, height=side)
             for module in self.modules.values():
                 module.eval()
             picture = self.base.generate(request)[0]

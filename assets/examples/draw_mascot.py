@@ -84,7 +84,7 @@ def main() -> None:
     folder = Path(__file__).parent / "mascot"
     folder.mkdir(exist_ok=True)
     for name, *setting, caption in SETTINGS:
-        place(name, *setting).save(folder / f"{name}.png", optimize=True)
+        place(*setting).save(folder / f"{name}.png", optimize=True)
         (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ class LatentDiffusion(Base):
         pipe = _pipeline(cls.pipeline_class).from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant, **left_out
         )
-        return cls._at_rest(name, pipe, licence)
+        return cls.at_rest(name, pipe, licence)
 
     @classmethod
     def from_checkpoint(cls, file: Path, configs: Path, name: str, dtype: torch.dtype, licence: str = "") -> Self:
@@ -42,10 +42,10 @@ class LatentDiffusion(Base):
         pipe = _pipeline(cls.pipeline_class).from_single_file(
             str(file), config=str(configs), torch_dtype=dtype, local_files_only=True, **left_out
         )
-        return cls._at_rest(name, pipe, licence)
+        return cls.at_rest(name, pipe, licence)
 
     @classmethod
-    def _at_rest(cls, name: str, pipe: Any, licence: str) -> Self:
+    def at_rest(cls, name: str, pipe: Any, licence: str) -> Self:
         """A base around the pipeline. Raises BaseError for a diffusion process that we cannot train."""
         base = cls(name, frozen(pipe), licence)
         base.objective  # noqa: B018  raises

@@ -107,4 +107,4 @@ class StableDiffusion3(LatentDiffusion):
                 text_encoder_3=t5,
                 tokenizer_3=t5_tokenizer,
             )
-        return cls._at_rest("tiny-sd3", pipe, "Apache-2.0")
+        return cls.at_rest("tiny-sd3", pipe, "Apache-2.0")

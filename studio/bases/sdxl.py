@@ -77,4 +77,4 @@ class StableDiffusionXL(LatentDiffusion):
                 scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
                 add_watermarker=False,
             )
-        return cls._at_rest("tiny-sdxl", pipe, "Apache-2.0")
+        return cls.at_rest("tiny-sdxl", pipe, "Apache-2.0")

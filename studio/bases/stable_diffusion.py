@@ -63,4 +63,4 @@ class StableDiffusion(LatentDiffusion):
                 feature_extractor=None,
                 requires_safety_checker=False,
             )
-        return cls._at_rest("tiny-sd", pipe, "Apache-2.0")
+        return cls.at_rest("tiny-sd", pipe, "Apache-2.0")

@@ -79,4 +79,4 @@ def build_sticker(seed: int = 0) -> StableDiffusion:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return StableDiffusion._at_rest("sticker", pipe, "Apache-2.0")
+    return StableDiffusion.at_rest("sticker", pipe, "Apache-2.0")

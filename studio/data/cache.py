@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from studio.errors import DiskError
@@ -59,8 +60,8 @@ class Cache:
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
-    checksum = _checksum(*_parts(safetensors.torch.save(tensors)))
-    return safetensors.torch.save(tensors, {CHECKSUM: checksum})
+    checksum = _checksum(*_parts(to_bytes(tensors)))
+    return to_bytes(tensors, {CHECKSUM: checksum})
 
 
 def _parts(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -82,6 +83,6 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         header, values = _parts(content)
         if header["__metadata__"][CHECKSUM] != _checksum(header, values):
             return None
-        return safetensors.torch.load(content)
+        return from_bytes(content)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

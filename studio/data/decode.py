@@ -65,7 +65,7 @@ def _as_rgb(image: Image.Image, ground: str) -> Image.Image:
         grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
-        clear = image.convert("RGBA")
+        clear = image if image.mode == "RGBA" else image.convert("RGBA")
         canvas = Image.new("RGB", image.size, ground)
         canvas.paste(clear, mask=clear.getchannel("A"))
         return canvas

@@ -93,12 +93,11 @@ class Order:
                 for which, kind in enumerate(kinds)
             ]
             slots = _interleaved(*shuffled)
-            last = set(slots[len(slots) // self.batch_size * self.batch_size :])
-            spare = [_others_first(kind, last) for kind in shuffled]
             taken = [0, 0]
             while len(slots) % self.batch_size:
-                which = int(lead > 0) if all(spare) else int(not spare[0])
-                slots.append(spare[which][taken[which] % len(spare[which])])
+                which = int(lead > 0) if all(shuffled) else int(not shuffled[0])
+                # From the front, as the batch to be filled holds the end: no example is in it twice if they suffice.
+                slots.append(shuffled[which][taken[which] % len(shuffled[which])])
                 taken[which] += 1
                 lead += -1 if which else 1
             repeats += sum(taken)
@@ -113,8 +112,3 @@ def _interleaved(first: list[int], second: list[int]) -> list[int]:
         ((i + 0.5) / len(items), which, i) for which, items in enumerate((first, second)) for i in range(len(items))
     ]
     return [(first, second)[which][i] for _, which, i in sorted(placed)]
-
-
-def _others_first(items: list[int], last: set[int]) -> list[int]:
-    """Those that are not in the batch to be filled come first, so that it shows no example twice if it can."""
-    return sorted(items, key=lambda item: item in last)

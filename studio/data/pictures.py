@@ -23,7 +23,7 @@ from studio.errors import DataError
 from studio.files import sha256_of
 from studio.preset import Data
 
-__all__ = ["Picture", "PictureSet", "Report", "load_mask", "load_pixels", "scan"]
+__all__ = ["Picture", "PictureSet", "Report", "fingerprint_of", "load_mask", "load_pixels", "scan"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def scan(
     buckets = dict(sorted(Counter(picture.bucket for picture in kept).items()))
     names, held_out_names = [p.name for p in kept], [p.name for p in held_out]
     report = Report(names, held_out_names, dropped + copies, warnings, buckets)
-    return PictureSet(kept, held_out, report, _fingerprint(kept))
+    return PictureSet(kept, held_out, report, fingerprint_of(kept))
 
 
 def _examine(path: Path) -> tuple[str, Size]:
@@ -159,6 +159,6 @@ def _hold_out(pictures: list[Picture], count: int) -> tuple[list[Picture], list[
     return kept, sorted(chosen, key=lambda picture: picture.name), copies
 
 
-def _fingerprint(pictures: list[Picture]) -> str:
+def fingerprint_of(pictures: list[Picture]) -> str:
     parts = sorted((p.content, p.caption, sha256_of(p.mask) if p.mask else "") for p in pictures)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -49,11 +49,10 @@ def truncated(delta: Tensor, rank: int) -> Factors:
     energies, vectors = torch.linalg.eigh(gram)
     kept = vectors[:, -min(rank, len(energies)) :].flip(1)
     singular = energies[-kept.shape[1] :].flip(0).clamp(min=0).sqrt()
-    balance = singular.sqrt().clamp(min=1e-30)  # both factors get the root of the singular values, which suits fp16
+    # Both factors get the root of the singular values, which suits fp16; noise near zero is not blown up.
+    balance = singular.sqrt().clamp(min=1e-4 * float(singular[0]) ** 0.5 or 1.0)
     up, down = (kept, kept.T @ matrix) if wide else (matrix @ kept, kept.T)
     up, down = (up * balance, down / balance[:, None]) if wide else (up / balance, down * balance[:, None])
-    if not singular.any():
-        up, down = torch.zeros_like(up), torch.zeros_like(down)
     ones = [1] * (delta.ndim - 2)
     return Factors(down.reshape(-1, *delta.shape[1:]).float(), up.reshape(*up.shape, *ones).float())
 

@@ -1,8 +1,9 @@
 """`--to checkpoint`: a complete pipeline folder with the adapter merged into the weights, for any program.
 
-Merged in fp32 and then cast. The base in memory is never written to: what is saved is a copy of its modules that shares
-every tensor but the merged ones. Text encoders stay in fp32 whatever the dtype, because transformers loads them in
-their stored dtype and diffusers the rest in fp32, so a folder in fp16 throughout would fail at its first step.
+Merged in fp64, rounded once to fp32, then cast. The base in memory is never written to: what is saved is a copy of its
+modules that shares every tensor but the merged ones. Text encoders stay in fp32 whatever the dtype, because
+transformers loads them in their stored dtype and diffusers the rest in fp32, so a folder in fp16 throughout would fail
+at its first step.
 """
 
 from __future__ import annotations
@@ -113,6 +114,15 @@ def save_pipeline(pipe: Any, networks: Mapping[str, nn.Module], tokenizers: Mapp
         if part is not None:
             part.save_pretrained(folder / name)
     pipe.save_config(folder)
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        _forget_origin(path)
+
+
+def _forget_origin(path: Path) -> None:
+    """Takes the folder that a base was loaded from out of a configuration: it is nobody else's business."""
+    config = json.loads(path.read_text())
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _prove(folder: Path, networks: Mapping[str, nn.Module], tokens: Mapping[str, Mapping[str, list[int]]]) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from studio.errors import RequestError
+from safetensors import SafetensorError
+
+from studio.errors import DiskError, RequestError
 from studio.files import disk_error
 
 REPORT_NAME = "export.json"  # in every exported folder; by it `--force` knows what it may replace
@@ -40,6 +42,8 @@ def workshop(out: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         raise disk_error(out, error) from error
+    except SafetensorError as error:
+        raise DiskError(f"cannot write '{out}': {error}", "free some space or choose another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

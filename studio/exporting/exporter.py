@@ -93,7 +93,8 @@ def _needs_values(adapter: Adapter) -> bool:
 
 def _name(adapter: Adapter, to: str, out: Path) -> str:
     """For the file in the folder: the folder's name, or the trigger word if the folder is named after the format."""
-    return slugify(adapter.card.trigger or "adapter") if out.stem == to else slugify(out.stem)
+    name = out.name.removesuffix(".safetensors")
+    return slugify(adapter.card.trigger or "adapter") if name == to else slugify(name)
 
 
 def _files(to: str, folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ class ExportReport:
 
     @property
     def status(self) -> str:
-        """ "exact" or "approximate"; what is refused has no report."""
+        """`exact` or `approximate`; what is refused has no report."""
         return "exact" if self.rounding_only or self.max_error <= EXACT else "approximate"
 
     @property
