@@ -93,6 +93,9 @@ class AdapterTask:
         self.order = Order(
             buckets[:subjects], self.preset.batch_size * processes, self.preset.seed, prior=buckets[subjects:]
         )
+        if repeats := self.order.repeats():
+            text = f"each round shows {repeats} pictures again, so that every batch is full and of one size"
+            yield Event("warning", 0, {"text": text})
         if not self.encodes_in_loop:
             captions = {(e.caption, e.bucket) for e in (*self.examples, *self.held_out)}
             captions |= {("", bucket) for _, bucket in captions} if self.preset.data.caption_dropout else set()

@@ -6,17 +6,19 @@ import os
 from pathlib import Path
 
 
-def project_root() -> Path:
-    """The folder that holds `assets/` and `presets/`: the checkout."""
-    return Path(__file__).resolve().parent.parent
+def data_root() -> Path:
+    """The folder that holds `assets/` and `presets/`: the checkout, or what an installed wheel brought along."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    return checkout if (checkout / "presets").is_dir() else package / "_data"
 
 
 def assets_dir() -> Path:
-    return project_root() / "assets"
+    return data_root() / "assets"
 
 
 def presets_dir() -> Path:
-    return project_root() / "presets"
+    return data_root() / "presets"
 
 
 def studio_home() -> Path:

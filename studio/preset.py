@@ -36,7 +36,7 @@ class Data(_Settings):
     source: Literal["pictures", "stickers"] = Field(
         "pictures", description="A folder of pictures, or the procedural sticker world."
     )
-    path: str | None = Field(None, description="The folder of pictures. Never written to.")
+    path: str | None = Field(None, description="The folder of pictures, only read. {assets} is the studio's own data.")
     resolution: int | None = Field(None, ge=16, le=8192, description="Side in pixels. Default: the base's own.")
     caption: str = Field(
         "{trigger}",

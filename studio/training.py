@@ -28,7 +28,7 @@ from studio.files import slug, slugify
 from studio.fit import Task, fit
 from studio.keyed import key_of
 from studio.method import PatchMethod, methods
-from studio.paths import studio_home
+from studio.paths import assets_dir, studio_home
 from studio.preset import Preset, apply_settings, make_preset, read_preset
 from studio.report import write_report
 from studio.run import Event, Run
@@ -242,7 +242,7 @@ def _scan(preset: Preset, base: Any, name: str | None) -> tuple[PictureSet, str]
     """The pictures with their captions, and the trigger word that is in them."""
     if preset.data.path is None:
         raise PresetError("there is nothing to train on", "give a folder of pictures with --data")
-    folder = Path(preset.data.path).expanduser()
+    folder = Path(preset.data.path.replace("{assets}", str(assets_dir()))).expanduser()
     resolution = preset.data.resolution or base.resolution
 
     trigger = preset.data.trigger or "".join(letter for letter in (name or "").lower() if letter.isalnum())
