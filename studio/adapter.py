@@ -39,22 +39,6 @@ class BaseIdentity(BaseModel):
     licence: str = ""
 
 
-class SiteCard(BaseModel):
-    """The layer a patch was made for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: str
-    weight: tuple[int, ...]
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | str = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    padding_mode: str = "zeros"
-
-    def shape(self) -> LayerShape:
-        return LayerShape(**self.model_dump())
-
-
 class Card(BaseModel):
     """What is known of an adapter, stored with it."""
 
@@ -62,7 +46,7 @@ class Card(BaseModel):
     format_version: int = FORMAT_VERSION
     method: dict[str, Any]
     base: BaseIdentity
-    sites: dict[str, SiteCard]
+    sites: dict[str, LayerShape]
     trigger: str = ""
     class_word: str = ""
     concept: str = ""
@@ -126,13 +110,19 @@ class Adapter:
         write_atomically(path, save(dict(sorted(tensors.items())), {HEADER_KEY: card}))
 
 
-def new_adapter(
-    method: PatchMethod, sites: Mapping[str, LayerShape], card: Card, weights: Mapping[str, Tensor]
-) -> Adapter:
-    """Fresh patches for the sites. `weights` gives the pristine weights to methods that look at them."""
+def new_adapter(card: Card, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+    """Fresh patches of the card's method for the card's sites.
+
+    `weights` gives the pristine weights by site to methods that look at them. Raises AdapterError for a method that
+    makes no patches, PresetError for one that is unknown or cannot serve a site.
+    """
+    method = method_from(card.method)
+    if not isinstance(method, PatchMethod):
+        raise AdapterError(f"a '{method.kind}' is not an adapter")
     origin = Origin(card.concept, card.seed)
     patches: dict[str, dict[str, Patch]] = {
-        name: {"main": method.patch(name, shape, origin, weights.get(name))} for name, shape in sites.items()
+        name: {"main": method.patch(name, shape, origin, (weights or {}).get(name))}
+        for name, shape in card.sites.items()
     }
     return Adapter(card, patches)
 
@@ -150,10 +140,7 @@ def load_adapter(path: Path) -> Adapter:
         raise AdapterError(
             f"'{path}' was written by a newer studio (format {card.format_version})", "update the studio"
         )
-    method = method_from(card.method)
-    if not isinstance(method, PatchMethod):
-        raise AdapterError(f"'{path}' holds a '{method.kind}', which is not an adapter")
-    adapter = new_adapter(method, {name: site.shape() for name, site in card.sites.items()}, card, {})
+    adapter = new_adapter(card)
     for name, value in tensors.items():
         encoder, _, word = name.partition(f".{TOKENS}.")
         if word and encoder not in adapter.patches:

@@ -63,8 +63,7 @@ class AdapterTask:
         self.cache = cache
         self.sites = base.select(method.target_modules)
         weights = {name: site.module.weight.detach() for name, site in self.sites.items()}
-        shapes = {name: site.shape for name, site in self.sites.items()}
-        self.adapter = new_adapter(method, shapes, card, weights)
+        self.adapter = new_adapter(card, weights)
         if preset.learned_words:
             self.adapter.words = fresh_words(base, card.trigger, card.class_word, preset.learned_words, preset.seed)
         self.encodes_in_loop = bool(self.adapter.words) or any(

@@ -264,8 +264,6 @@ def _with_trigger(found: PictureSet, trigger: str) -> PictureSet:
 
 
 def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Card:
-    from studio.adapter import SiteCard
-
     assert isinstance(preset.method, PatchMethod)
     sites = base.select(preset.method.target_modules)
     shown = preset.model_dump(mode="json")
@@ -274,7 +272,7 @@ def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Car
     return Card(
         method=preset.method.model_dump(mode="json"),
         base=base.identity(),
-        sites={name: SiteCard(**vars(site.shape)) for name, site in sites.items()},
+        sites={name: site.shape for name, site in sites.items()},
         trigger=trigger,
         class_word=preset.data.class_word,
         concept=f"{pictures.fingerprint}:{trigger}",

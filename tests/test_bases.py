@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from studio.adapter import Card, SiteCard, new_adapter
+from studio.adapter import Card, new_adapter
 from studio.attachment import attach
 from studio.base import Request, same_values
 from studio.bases.registry import families, load_base
@@ -48,10 +48,10 @@ def lora_on(base, targets=("all", "text-encoder"), seed=0):
     card = Card(
         method=method.model_dump(mode="json"),
         base=base.identity(),
-        sites={name: SiteCard(**vars(site.shape)) for name, site in sites.items()},
+        sites={name: site.shape for name, site in sites.items()},
         seed=seed,
     )
-    adapter = new_adapter(method, {name: site.shape for name, site in sites.items()}, card, {})
+    adapter = new_adapter(card)
     generator = torch.Generator().manual_seed(seed)
     for terms in adapter.patches.values():
         torch.nn.init.normal_(terms["main"].up, std=0.1, generator=generator)

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from studio.adapter import Card, SiteCard, new_adapter
+from studio.adapter import Card, new_adapter
 from studio.attachment import attach
 from studio.base import Request
 from studio.bases.sdxl import StableDiffusionXL
@@ -46,9 +45,8 @@ def trained(base, config, words=0, scale=0.2, seed=0):
     """An adapter whose `up` matrices are as if trained: random instead of zero."""
     method = method_from(config)
     shapes = {name: site.shape for name, site in base.select(method.target_modules).items()}
-    sites = {name: SiteCard(**asdict(shape)) for name, shape in shapes.items()}
-    card = Card(method=method.model_dump(mode="json"), base=base.identity(), sites=sites, trigger=WORD, concept="cat")
-    adapter = new_adapter(method, shapes, card, {})
+    card = Card(method=method.model_dump(mode="json"), base=base.identity(), sites=shapes, trigger=WORD, concept="cat")
+    adapter = new_adapter(card)
     generator = torch.Generator().manual_seed(seed)
     for terms in adapter.patches.values():
         terms["main"].up.data.normal_(0, scale, generator=generator)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from shapes import layers
 
-from studio.adapter import Card, SiteCard, load_adapter, new_adapter
+from studio.adapter import Card, load_adapter, new_adapter
 from studio.attachment import Site, attach, find_sites
 from studio.bases.stable_diffusion import StableDiffusion
 from studio.errors import AdapterError, PresetError
@@ -44,12 +44,12 @@ def tiny_adapter(kind, targets=("attention",), seed=3, base=None, **settings):
     card = Card(
         method=method.model_dump(mode="json"),
         base=base.identity(),
-        sites={name: SiteCard(**vars(s.shape)) for name, s in sites.items()},
+        sites={name: s.shape for name, s in sites.items()},
         concept="c",
         seed=seed,
     )
     weights = {name: s.module.weight for name, s in sites.items()}
-    return base, sites, new_adapter(method, {n: s.shape for n, s in sites.items()}, card, weights)
+    return base, sites, new_adapter(card, weights)
 
 
 @pytest.mark.parametrize("layer_name", LAYERS)
