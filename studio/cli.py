@@ -61,8 +61,13 @@ def train(
         if not preset:
             raise RequestError("train needs a preset", "for example --preset subject; 'studio presets' lists them")
         training = plan(Order(preset, data, base, method, name, run, tuple(settings or ()), steps, seed))
-    _announce(training)
-    _follow(training, as_json)
+    if training.accelerator.is_main_process:
+        _announce(training)
+        _follow(training, as_json)
+    else:
+        with StopSignal() as stop:  # another process of the same training; the main one speaks for all
+            for _ in training.events(stop):
+                pass
 
 
 def _announce(training: Any) -> None:

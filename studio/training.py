@@ -197,7 +197,7 @@ def plan(order: Order) -> Training:
     if order.name is not None:
         slug(order.name)
     run_folder = order.run
-    if run_folder is not None and (run_folder / "events.jsonl").exists():
+    if run_folder is not None and accelerator.is_main_process and (run_folder / "events.jsonl").exists():
         raise RequestError(
             f"'{run_folder}' already holds a run",
             f"resume it with --resume --run {run_folder}, or choose another folder",

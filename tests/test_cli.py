@@ -273,3 +273,22 @@ def test_the_library_renames_notes_and_removes(studio, train_args):
     assert [(e["name"], e["note"]) for e in json.loads(out)] == [("zog", "good at 0.8")]
     assert studio("library", "remove", "zog")[0] == 0
     assert json.loads(studio("library", "--json")[1]) == []
+
+
+def test_torchrun_starts_the_command_line_and_one_process_speaks(train_args, tmp_path):
+    arguments = [str(a) for a in train_args]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29741"]
+    done = subprocess.run(
+        [*torchrun, "-m", "--", "studio", *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("done in") == 1
+    assert done.stderr.count("trigger word") == 1
+    assert (tmp_path / "run" / "adapter.safetensors").exists()

@@ -1,7 +1,7 @@
 """Draws the example style: stickers as two-colour prints, indigo ink on peach paper, in twelve pictures.
 
-Run it from anywhere: `python assets/examples/draw_style.py`. It needs the studio and the colour emoji font; what is drawn
-with the font is free of the font's licence.
+Run it from anywhere: `python assets/examples/draw_style.py`. It needs the studio and the colour emoji font; what is
+drawn with the font is free of the font's licence.
 """
 
 from __future__ import annotations
