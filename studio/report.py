@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from studio.files import write_atomically
+from studio.inspecting import describe_adapter
 from studio.run import Run
 
 STYLE = """
@@ -22,7 +23,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 p, td, th { color: var(--soft) } b { color: var(--ink) }
 table { border-collapse: collapse } td, th { padding: .3rem .5rem; text-align: left; vertical-align: top;
-  font-weight: normal } .grid { overflow-x: auto } .grid img { width: 128px; border-radius: 6px; display: block }
+  font-weight: normal } .grid { overflow-x: auto }
+.grid th[scope=col] { max-width: 128px }
+.grid img { width: 128px; border-radius: 6px; display: block }
 pre { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; overflow-x: auto; font-size: 13px }
 svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 12px }
 """
@@ -38,6 +41,7 @@ def write_report(run: Run) -> None:
         "<h2>Loss</h2>" + loss_curve(steps, [e for e in history if e["kind"] == "validation"]),
         "<h2>Samples</h2><p>Rows are steps, the first is the base alone; each has the same prompts and noise.</p>"
         + _sample_grid(run, [e for e in history if e["kind"] == "sample"]),
+        _card(run),
         _list("Warnings", [e.get("text", "") for e in history if e["kind"] == "warning"]),
         f"<h2>Settings</h2><pre>{html.escape(_text(run.preset_path))}</pre>",
     ]
@@ -129,6 +133,21 @@ def _picture(run: Run, event: dict[str, Any]) -> str:
     picture.save(buffer, "WEBP", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<img alt='{html.escape(event['prompt'], quote=True)}' src='data:image/webp;base64,{data}'>"
+
+
+def _card(run: Run) -> str:
+    """What the adapter's own card says, for runs that made one."""
+    if not run.adapter_path.exists():
+        return ""
+    facts = describe_adapter(str(run.adapter_path))
+    rows = [(key, value) for key, value in facts.items() if key not in ("file", "components", "words")]
+    for part in facts["components"]:
+        ranks = f", rank {part['ranks']}" if part["ranks"] else ""
+        trained = f"{part['trained_numbers']:,} trained numbers"
+        text = f"{part['layers']} layers{ranks}, {trained}, change of norm {part['norm']:.4g}"
+        rows.append((part["part"], text))
+    body = "".join(f"<tr><th scope='row'>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
+    return f"<h2>Adapter</h2><table>{body}</table>"
 
 
 def _list(title: str, lines: list[str]) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from studio.base import Base
 from studio.bases.tiny import fixed_seed
 from studio.data.sticker_pool import to_pixels
 from studio.data.stickers import TINTS, Glyph, Ground, Scene, Thing, draw_scene, glyphs, render
@@ -32,7 +33,6 @@ from studio.preset import Preset
 from studio.run import Event, Run
 
 ATTRIBUTE_WEIGHT = 0.3  # of each head's loss against the glyph's
-WHITENING_VIEWS = 4  # renderings of each glyph
 
 
 @register
@@ -50,23 +50,24 @@ class JudgeMethod(Method):
     spoilt: float = Field(0.75, ge=0, le=1, description="Share of pictures that are blurred, blotched or bent.")
     label_smoothing: float = Field(0.05, ge=0, lt=1, description="Of the glyph's cross-entropy.")
 
-    def task(self, base: object, preset: Preset, run: Run) -> JudgeTask:
-        """The base is not used: the judge must know nothing of what it judges."""
+    def task(self, base: Base | None, preset: Preset, run: Run) -> JudgeTask:
+        """Of the base only the device is used: the judge must know nothing of what it judges."""
         if preset.data.source != "stickers":
             raise PresetError("method 'judge' draws its own data", "set data.source=stickers")
-        return JudgeTask(self, preset)
+        return JudgeTask(self, preset, base.device if base else torch.device("cpu"))
 
 
 class JudgeTask:
     """Cross-entropy on the glyph and on each attribute of scenes of one thing."""
 
-    def __init__(self, method: JudgeMethod, preset: Preset) -> None:
+    def __init__(self, method: JudgeMethod, preset: Preset, device: torch.device) -> None:
         self.method, self.preset = method, preset
         self.known, self.others = glyphs("train"), glyphs("other")
         self.classes = {glyph: i for i, glyph in enumerate((*self.known, *self.others))}
         facts = {"parameters": 0, "steps": preset.steps, "batch_size": preset.batch_size, "seed": preset.seed}
         with fixed_seed(preset.seed):
             self.judge = Judge([*(g.name for g in self.known), *(f"other {g.character}" for g in self.others)], facts)
+        self.judge.to(device)
         self.judge.facts["parameters"] = sum(p.numel() for p in self.judge.parameters()) - self._surplus()
 
     def _surplus(self) -> int:
@@ -91,7 +92,7 @@ class JudgeTask:
         return self._loss(pixels, [scene for _, scene in drawn], self.method.label_smoothing)
 
     def _draw(self, key: tuple[object, ...], hard: float) -> tuple[Image.Image, Scene]:
-        """A rendering for training; the share 1 - `hard` shows the thing as it is, not small, on a plain ground."""
+        """A rendering for training; the share 1 - `hard` shows things in their own colours, not small, on white."""
         rng = numpy_generator(*key)
         choices = self.others if rng.random() < self.method.others else self.known
         scene = draw_scene(rng, (choices[int(rng.integers(len(choices)))],))
@@ -122,16 +123,6 @@ class JudgeTask:
         yield from ()  # a judge draws nothing
 
     def save(self, folder: Path) -> None:
-        """Also whitens the features, by renderings of the known glyphs in their own colours."""
-        drawn, kinds = [], []
-        for kind, glyph in enumerate(self.known):
-            for view in range(WHITENING_VIEWS):
-                rng = numpy_generator("judge whitening", glyph.name, view)
-                scene = draw_scene(rng, (glyph,))
-                scene = replace(scene, things=(replace(scene.things[0], tint=""),))
-                drawn.append(render(scene, SIDE, rng))
-                kinds.append(kind)
-        self.judge.whiten(drawn, kinds)
         save_judge(self.judge, folder / "judge", len(self.known))
 
 

@@ -148,7 +148,7 @@ class DenoiserTask(_NetworkTask):
         super().__init__(method, base, preset, run)
         data = preset.data
         encode = base.encode_pictures
-        self.pool = StickerPool(encode, data.pool, data.refresh, preset.seed, self.resolution, data.glyphs)
+        self.pool = StickerPool(encode, data.pool, data.refresh, preset.seed, self.resolution, data.glyphs, data.fill)
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         latents, captions = self.pool.batch(step, micro, slots)
@@ -172,7 +172,9 @@ class DenoiserTask(_NetworkTask):
         return loss
 
     def validation_loss(self) -> float:
-        pairs = [draw(("validation", i), self.resolution, "train") for i in range(VALIDATION_PICTURES)]
+        pairs = [
+            draw(("validation", i), self.resolution, "train", self.preset.data.fill) for i in range(VALIDATION_PICTURES)
+        ]
         latents = self.base.encode_pictures(to_pixels([picture for picture, _ in pairs]))
         keys = [("validation", i) for i in range(VALIDATION_PICTURES)]
         return float(self._loss(latents, [caption for _, caption in pairs], keys).mean())

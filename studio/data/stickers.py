@@ -188,6 +188,12 @@ def draw_scene(rng: np.random.Generator, choices: Sequence[Glyph]) -> Scene:
     return Scene((Thing(first, _draw_tint(rng, ground), size),), ground, position)
 
 
+def draw_alone(rng: np.random.Generator, choices: Sequence[Glyph]) -> Scene:
+    """One thing in its own colours on a plain ground: what teaches shapes."""
+    glyph = choices[int(rng.integers(len(choices)))]
+    return Scene((Thing(glyph),), Ground(list(COLOURS)[rng.integers(len(COLOURS))]) if rng.random() < 0.5 else Ground())
+
+
 def _draw_tint(rng: np.random.Generator, ground: Ground) -> str:
     if rng.random() > 0.25:
         return ""
@@ -208,8 +214,11 @@ def _draw_ground(rng: np.random.Generator) -> Ground:
     return Ground(colour, PATTERNS[rng.integers(1, len(PATTERNS))], second)
 
 
-def render(scene: Scene, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB picture of `resolution` x `resolution` pixels, with small jitter in place, size and turn."""
+def render(scene: Scene, resolution: int, rng: np.random.Generator, fill: float | None = None) -> Image.Image:
+    """The scene as an RGB picture of `resolution` x `resolution` pixels, with small jitter in place, size and turn.
+
+    `fill` replaces the size of a single thing: its longest side as a fraction of the canvas.
+    """
     canvas = _render_ground(scene.ground, resolution)
     if scene.relation:
         x, y = RELATIONS[scene.relation]
@@ -218,7 +227,7 @@ def render(scene: Scene, resolution: int, rng: np.random.Generator) -> Image.Ima
         sizes = [PAIR_SIZE, PAIR_SIZE]
     else:
         places = [POSITIONS[scene.position]]
-        sizes = [SIZES[scene.things[0].size]]
+        sizes = [fill or SIZES[scene.things[0].size]]
     for thing, place, size in zip(scene.things, places, sizes, strict=True):
         sprite = picture(thing.glyph.character, thing.tint)
         scale = size * rng.uniform(0.93, 1.07) * resolution / max(sprite.size)
@@ -255,10 +264,12 @@ def _render_ground(ground: Ground, resolution: int) -> Image.Image:
     return _ground_pixels(ground, resolution).copy()
 
 
-def sample(rng: np.random.Generator, resolution: int, choices: Sequence[Glyph]) -> tuple[Image.Image, str, Scene]:
-    """One random picture with its caption and the scene behind it."""
-    scene = draw_scene(rng, choices)
-    return render(scene, resolution, rng), scene.caption(rng), scene
+def sample(
+    rng: np.random.Generator, resolution: int, choices: Sequence[Glyph], fill: float | None = None
+) -> tuple[Image.Image, str, Scene]:
+    """One random picture with its caption and the scene behind it; with `fill`, of one thing alone and so large."""
+    scene = draw_alone(rng, choices) if fill else draw_scene(rng, choices)
+    return render(scene, resolution, rng, fill), scene.caption(rng), scene
 
 
 def vocabulary() -> list[str]:

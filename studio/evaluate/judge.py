@@ -79,9 +79,6 @@ class Judge(nn.Module):
         self.feature = nn.Linear(last, FEATURES)
         # Plain products, not cosines: with those, no glyph was told from another in the first 1,000 steps.
         self.prototypes = nn.Parameter(torch.randn(len(self.glyphs), FEATURES) * FEATURES**-0.5)
-        # Set by `whiten` once training is done: what moves a glyph's feature from picture to picture counts less.
-        self.centre = nn.Buffer(torch.zeros(FEATURES))
-        self.whitening = nn.Buffer(torch.eye(FEATURES))
         self.attributes = nn.Linear(2 * last + 2, sum(map(len, HEADS.values())))
 
     def forward(self, pixels: Tensor) -> Verdict:
@@ -97,38 +94,18 @@ class Judge(nn.Module):
         feature = self.feature(thing).float()
         rest = self.attributes(torch.cat([cells.mean(-1), thing, place], -1)).float()
         logits = dict(zip(HEADS, rest.split([len(classes) for classes in HEADS.values()], -1)))
-        white = (F.normalize(feature, dim=-1) - self.centre) @ self.whitening
-        return Verdict(F.normalize(white, dim=-1), {"glyph": feature @ self.prototypes.T, **logits})
+        return Verdict(F.normalize(feature, dim=-1), {"glyph": feature @ self.prototypes.T, **logits})
 
     @torch.no_grad()
     def judge(self, pictures: Sequence[Image.Image], batch: int = 64) -> Verdict:
-        """Judges PIL pictures. Raises DataError if there are none."""
+        """Judges PIL pictures of any sizes; the verdict is on the CPU. Raises DataError if there are none."""
         if not pictures:
             raise DataError("there is no picture to judge")
         device = self.prototypes.device
         small = [shrunk(to_pixels([picture.convert("RGB")]).to(device)) for picture in pictures]
         parts = [self(torch.cat(small[start : start + batch])) for start in range(0, len(small), batch)]
-        logits = {head: torch.cat([part.logits[head] for part in parts]) for head in parts[0].logits}
-        return Verdict(torch.cat([part.features for part in parts]), logits)
-
-    @torch.no_grad()
-    def whiten(self, pictures: Sequence[Image.Image], glyphs: Sequence[int]) -> None:
-        """Sets the features' centre and whitening from pictures of known glyphs: x -> (x - mean) C^-1/2.
-
-        C is the covariance within a glyph, with a tenth of its mean eigenvalue added to all (Hatch et al. 2006, WCCN).
-        Measured on held-out glyphs it widens the gap between same and other from 3.2 to 3.9 standard deviations.
-        """
-        self.centre.zero_()
-        self.whitening.copy_(torch.eye(FEATURES))
-        x = self.judge(pictures).features
-        kinds = torch.tensor(glyphs, device=x.device)
-        means = torch.zeros(int(kinds.max()) + 1, FEATURES, device=x.device).index_add_(0, kinds, x)
-        within = x - (means / kinds.bincount()[:, None].clamp_min(1))[kinds]
-        covariance = within.T @ within / len(x)
-        values, vectors = torch.linalg.eigh(covariance)
-        scales = (values + 0.1 * values.mean()) ** -0.5
-        self.centre.copy_(x.mean(0))
-        self.whitening.copy_(vectors @ torch.diag(scales / scales.max()) @ vectors.T)
+        logits = {head: torch.cat([part.logits[head] for part in parts]).cpu() for head in parts[0].logits}
+        return Verdict(torch.cat([part.features for part in parts]).cpu(), logits)
 
     def labels(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """The right answers to scenes of one thing by head, (B,) each. Raises DataError for an unknown glyph."""

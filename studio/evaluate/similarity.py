@@ -18,8 +18,8 @@ from studio.evaluate.judge import Judge
 def subject_similarity(judge: Judge, generated: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
     """How like the subject the generated pictures are: cosine in [-1, 1], 1 for the same picture.
 
-    Each generated picture is compared with the references' mean direction, which has less of any one ground and place
-    than a single reference. Raises DataError if there are no pictures.
+    Each generated picture is compared with the references' mean direction. On renderings of the 60 held-out glyphs,
+    4 references and 4 pictures on other grounds, this lies at FIGURES_HERE. Raises DataError if there are no pictures.
     """
     drawn = judge.judge(generated).features
     subject = judge.judge(references).features.mean(0)
