@@ -171,7 +171,7 @@ def generate(
     """Draw pictures. Example: studio generate "a zovuki, on a blue background" --adapter my-cat:0.9 --out cat.png"""
     from studio.base import Request
     from studio.bases.registry import load_base
-    from studio.generation import facts_of, parse_use, picture_paths, wearing
+    from studio.generation import facts_of, missing_triggers, parse_use, picture_paths, wearing
     from studio.samples import save_image
 
     width, height = _parse_size(size)
@@ -179,7 +179,7 @@ def generate(
     uses = [parse_use(text) for text in adapter or ()]
     loaded = load_base(base or (uses[0].base if uses else "sticker"))
     with wearing(loaded, uses) as warnings, CountProgress("drawing", count) as progress:
-        for warning in warnings:
+        for warning in (*warnings, *missing_triggers(prompt, uses)):
             say(f"warning: {warning}", style="yellow")
         for number, path in enumerate(paths):
             request = Request([prompt], [seed + number], negative, steps, guidance, width, height)

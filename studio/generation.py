@@ -83,6 +83,16 @@ def merged_words(uses: Sequence[Use]) -> dict[str, dict]:
     return words
 
 
+def missing_triggers(prompt: str, uses: Sequence[Use]) -> list[str]:
+    """A line for each adapter that the prompt does not call by its word."""
+    words = [(use.name, use.adapter.card.trigger) for use in uses]
+    return [
+        f"the prompt does not have '{word}', the trigger word of '{name}'"
+        for name, word in words
+        if word and word not in prompt
+    ]
+
+
 def facts_of(request: Request, index: int, base: Base, uses: Sequence[Use]) -> dict:
     """What a picture's metadata says of its making; enough to draw it again."""
     return {

@@ -30,7 +30,7 @@ from studio.errors import DataError, MissingPart
 from studio.files import write_atomically
 from studio.paths import assets_dir
 
-SIDE = 64  # the judge looks at pictures of this side, in pixels; a quarter of the cost of 128, and as good
+SIDE = 64  # the judge looks at pictures of this side, in pixels: a quarter of the cost of 128, and no less exact
 WIDTHS = (32, 64, 128, 128)
 FEATURES = 128
 GROUPS = 8
