@@ -231,8 +231,10 @@ class AdapterTask:
             for patch in terms.values():
                 patch.train(on)  # dropout
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> Path:
+        self.adapter.card.steps = step
         self.adapter.save(folder / "adapter.safetensors")
+        return folder / "adapter.safetensors"
 
     def check_first_step(self) -> None:
         names = {site.module: name for name, site in self.sites.items()}

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from studio.errors import NonFiniteLoss, RequestError
-from studio.files import disk_error, write_atomically
+from studio.files import write_atomically
 from studio.keyed import key_of
 from studio.preset import Schedule
 from studio.run import Event, Run
@@ -59,8 +59,8 @@ class Task(Protocol):
         """Draws the sample pictures and yields a `sample` event for each."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes what is trained, as the user would use it."""
+    def save(self, folder: Path, step: int) -> Path:
+        """Writes what is trained, as the user would use it, and returns where."""
         ...
 
     def check_first_step(self) -> None:
@@ -187,10 +187,7 @@ class _State:
         return {name: value.cpu().contiguous().clone() for name, value in found.items()}
 
     def save(self, folder: Path, step: int) -> None:
-        try:
-            save_file(self.tensors(), folder / "state.safetensors")
-        except OSError as error:
-            raise disk_error(folder, error) from error
+        write_atomically(folder / "state.safetensors", save(self.tensors()))
         facts = {"step": step, "schedule": self.schedule.fingerprint(), "scaler": self.scaler.state_dict()}
         write_atomically(folder / "state.json", json.dumps(facts))
 
@@ -232,7 +229,7 @@ def _checkpoint(task: Task, state: _State, run: Run, step: int, schedule: Schedu
         return
     partial = run.begin_checkpoint(step)
     with _with_values(state.named, state.ema):
-        task.save(partial)
+        task.save(partial, step)
     state.save(partial, step)
     final = run.commit_checkpoint(partial, step, schedule.checkpoints_kept)
     yield Event("checkpoint", step, {"path": str(final.relative_to(run.folder))})

@@ -167,11 +167,9 @@ class Training:
     def _finish(self, task: Task) -> dict[str, Any]:
         if not self.accelerator.is_main_process:
             return {}
-        task.save(self.run.folder)
+        saved = task.save(self.run.folder, self.preset.steps)
         if not isinstance(task, AdapterTask):
-            return {"base": str(self.run.folder / "base")}
-        task.adapter.card.steps = self.preset.steps
-        task.save(self.run.folder)
+            return {"base": str(saved)}
         before_after(self.run)
         preview = next(iter(sorted(self.run.samples.glob(f"{self.preset.steps:06d}-*.png"))), None)
         facts = {"run": str(self.run.folder.resolve()), "base": self.preset.base}

@@ -122,8 +122,9 @@ class JudgeTask:
     def draw_samples(self, step: int) -> Iterator[Event]:
         yield from ()  # a judge draws nothing
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> Path:
         save_judge(self.judge, folder / "judge", len(self.known))
+        return folder / "judge"
 
 
 def draw_single(rng: np.random.Generator, glyph: Glyph, resolution: int) -> tuple[Image.Image, Scene]:

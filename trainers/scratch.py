@@ -88,8 +88,9 @@ class _NetworkTask:
     def describe(self, step: int, micro: int, slots: range) -> str:
         return f"stickers of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> Path:
         save_pipeline(self.base, folder / "base")
+        return folder / "base"
 
     def _validation_pictures(self) -> Tensor:
         keys = [("validation", i) for i in range(VALIDATION_PICTURES)]
@@ -131,12 +132,12 @@ class AutoencoderTask(_NetworkTask):
         rows = torch.cat([torch.cat(list(part), -1) for part in (pixels, self._reconstructed(pixels))], -2)
         yield save_picture(self.run, rows, step, 0, "held-out stickers above, their reconstructions below", 0)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> Path:
         """Also measures the latents' spread, which the denoiser wants to be 1."""
         with torch.no_grad():
             latents = self.base.pipe.vae.encode(self._validation_pictures().to(self.base.device)).latent_dist.mode()
         self.base.pipe.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
-        super().save(folder)
+        return super().save(folder, step)
 
 
 class DenoiserTask(_NetworkTask):
