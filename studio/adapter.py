@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from studio.errors import AdapterError
-from studio.files import write_atomically
+from studio.files import is_pickle, write_atomically
 from studio.method import Method, Origin, PatchMethod, method_from
 from studio.patch import LayerShape, Patch
 
@@ -152,11 +152,10 @@ def load_adapter(path: Path) -> Adapter:
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header strings and tensors of a file. Raises AdapterError for a missing, foreign, truncated or NaN file."""
     try:
-        with path.open("rb") as file:
-            start = file.read(16)
+        pickled = is_pickle(path)
     except OSError as error:
         raise AdapterError(f"cannot read '{path}': {error.strerror or error}") from None
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if pickled:
         raise AdapterError(
             f"'{path}' is a pickle, not a safetensors file",
             hint="pickles can run code when they are opened, so the studio never does; convert it to safetensors",

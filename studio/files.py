@@ -60,6 +60,14 @@ def slugify(text: str) -> str:
     return re.sub(r"-{2,}", "-", re.sub(r"[^a-z0-9_-]+", "-", ascii_text)).strip("-_")[:60] or "unnamed"
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as pickles and torch's zip archives do. Raises OSError."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A safetensors file begins with the length of its header, which may look like anything, and then a brace.
+    return start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80")
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, as hex digits."""
     digest = hashlib.sha256()

@@ -40,6 +40,16 @@ def test_a_damaged_card_is_refused(saved):
         load_adapter(rewritten(path, {**card, "sites": 3}))
 
 
+def test_no_header_length_makes_a_file_look_like_a_pickle(saved):
+    path, card = saved
+    for padding in range(0x100):
+        rewritten(path, {**card, "preset": {"description": "x" * padding}})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert load_adapter(path).card.preset["description"] == "x" * padding
+
+
 def test_missing_unknown_and_misshapen_tensors_are_refused_by_name(saved):
     path, card = saved
     tensors = load_file(path)

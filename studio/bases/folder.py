@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from studio.errors import BaseError
+from studio.files import is_pickle
 
 INDEX = "model_index.json"
 #: Parts of published pipelines that no family loads: a censor, and what only picture prompts need.
@@ -159,9 +160,7 @@ def check_weights(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-        if start == b"PK" or start[:1] == b"\x80":
+        if is_pickle(file):
             raise BaseError(f"'{file}' is a pickle, whatever its name says", NO_PICKLES)
         with safe_open(file, framework="pt"):
             pass
