@@ -85,7 +85,7 @@ def labelled_grid(rows: list[list[Image.Image]], columns: list[str], names: list
     font = ImageFont.load_default(13)
     sheet = grid(rows)
     width = rows[0][0].width
-    wrapped = [_wrapped(text, width, font) for text in columns]
+    wrapped = [wrap_text(text, width, font) for text in columns]
     head, side = 18 * max(map(len, wrapped)) + 6, 72
     canvas = Image.new("RGB", (sheet.width + side, sheet.height + head), (255, 255, 255))
     canvas.paste(sheet, (side, head))
@@ -97,7 +97,8 @@ def labelled_grid(rows: list[list[Image.Image]], columns: list[str], names: list
     return canvas
 
 
-def _wrapped(text: str, width: int, font: Any) -> list[str]:
+def wrap_text(text: str, width: int, font: Any) -> list[str]:
+    """The text as lines of at most `width` pixels; a single longer word stays whole."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

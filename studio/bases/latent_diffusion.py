@@ -88,15 +88,6 @@ class LatentDiffusion(Base):
         """The longest side that can be drawn, in pixels."""
         return 8192
 
-    @property
-    def default_steps(self) -> int | None:
-        """The number of sampling steps this base was tuned for; None leaves it to the pipeline."""
-        return None
-
-    @property
-    def default_guidance(self) -> float | None:
-        return None
-
     # -- latents -----------------------------------------------------------------------------------------------
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
@@ -145,13 +136,11 @@ class LatentDiffusion(Base):
                     f"{self.largest_side} at most",
                     hint=f"its own size is {self.resolution}x{self.resolution}",
                 )
-        steps = request.steps if request.steps is not None else self.default_steps
-        guidance = request.guidance if request.guidance is not None else self.default_guidance
         options: dict[str, Any] = {"width": width, "height": height, "output_type": "pil"}
-        if steps is not None:
-            options["num_inference_steps"] = steps
-        if guidance is not None:
-            options["guidance_scale"] = guidance
+        if request.steps is not None:
+            options["num_inference_steps"] = request.steps
+        if request.guidance is not None:
+            options["guidance_scale"] = request.guidance
         if request.on_step is not None:
             options["callback_on_step_end"] = _reporting(request.on_step)
         return options

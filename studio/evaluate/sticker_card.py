@@ -31,7 +31,7 @@ from studio.evaluate.judge import HEADS, Judge, Verdict, bundled_judge
 from studio.files import write_atomically
 from studio.keyed import numpy_generator, torch_generator
 from studio.paths import assets_dir
-from studio.samples import save_png
+from studio.samples import save_png, wrap_text
 
 Progress = Callable[[int, int], None]  # pictures drawn so far, pictures in all
 
@@ -70,8 +70,8 @@ def measure_base(
         "pictures": len(drawn),
         "per_glyph": per_glyph,
         "seed": seed,
-        "steps": steps or base.default_steps,
-        "guidance": guidance if guidance is not None else base.default_guidance,
+        "steps": steps,
+        "guidance": guidance,
         "scores": scores(judge.judge(drawn), judge.judge(renderings), wanted),
         "autoencoder_psnr_db": {split: autoencoder_psnr(base, split, psnr_pictures) for split in ("train", "held-out")},
         "seconds": round(time.monotonic() - began, 1),
@@ -90,9 +90,8 @@ def draw_batches(
 ) -> list[Image.Image]:
     """One picture per prompt, its noise drawn by its key; `batch` at a time, which is faster than `generate`."""
     options: dict[str, Any] = {"width": base.resolution, "height": base.resolution, "output_type": "pil"}
-    if steps := steps or base.default_steps:
+    if steps is not None:
         options["num_inference_steps"] = steps
-    guidance = guidance if guidance is not None else base.default_guidance
     if guidance is not None:
         options["guidance_scale"] = guidance
     base.pipe.set_progress_bar_config(disable=True)
@@ -195,20 +194,9 @@ def labelled_grid(pictures: Sequence[Image.Image], labels: Sequence[str], column
         x, y = MARGIN + i % columns * step_x, MARGIN + i // columns * step_y
         sheet.paste(picture, (x, y))
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline=(225, 225, 225))
-        for line, text in enumerate(_wrapped(label, font, width)[:LINES]):
+        for line, text in enumerate(wrap_text(label, width, font)[:LINES]):
             pen.text((x, y + height + 2 + line * LINE), text, fill=(40, 40, 40), font=font)
     return sheet
-
-
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 # -- as a program ----------------------------------------------------------------------------------------------
