@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import studio
 from studio import library
@@ -283,6 +284,7 @@ def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Car
 
 
 def _accelerator(preset: Preset) -> Accelerator:
+    AcceleratorState._reset_state()  # else a second training in this process could not choose its precision
     return Accelerator(mixed_precision=preset.mixed_precision, cpu=not torch.cuda.is_available())
 
 

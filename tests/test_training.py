@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from studio import library
 from studio.adapter import load_adapter
+from studio.customize import AdapterTask, Example
 from studio.errors import NonFiniteLoss, RequestError
 from studio.run import Run
 from studio.training import Order, plan, plan_resume
@@ -255,3 +256,33 @@ def test_two_equal_runs_give_the_same_adapter_bytes(recipe, tmp_path):
     assert (tmp_path / "one" / "adapter.safetensors").read_bytes() == (
         tmp_path / "two" / "adapter.safetensors"
     ).read_bytes()
+
+
+def test_a_masked_loss_counts_what_the_mask_shows_and_keeps_its_size():
+    left = torch.cat([torch.ones(1, 4, 2), torch.zeros(1, 4, 2)], -1)
+    example = Example("x", [], "", (32, 32), masks=[left])
+    plain = Example("y", [], "", (32, 32))
+    error = torch.rand(2, 3, 4, 4)
+    changed = error.clone()
+    changed[0, :, :, 2:] += 5  # hidden by the mask
+    one, other = (AdapterTask._masked(e, [example, plain], [0, 0]).mean((1, 2, 3)) for e in (error, changed))
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(one[0], error[0, :, :, :2].mean())
+    torch.testing.assert_close(one[1], error[1].mean())
+
+
+@pytest.mark.parametrize(
+    "settings", [("mixed_precision=bf16",), ("gradient_checkpointing=true",), ("min_snr_gamma=5",)]
+)
+def test_other_precision_checkpointing_and_weights_train_too(recipe, tmp_path, settings):
+    events = train(recipe, tmp_path / "run", "learning_rate=1e-2", "steps=4", *settings)
+    assert events[-1].kind == "finished"
+    assert any(value.abs().sum() > 0 for name, value in weights(tmp_path / "run").items() if name.endswith("up"))
+
+
+def test_recomputing_activations_changes_nothing_that_is_learned(recipe, tmp_path):
+    train(recipe, tmp_path / "plain", "steps=3", "method.dropout=0.2")
+    train(recipe, tmp_path / "saving", "steps=3", "method.dropout=0.2", "gradient_checkpointing=true")
+    one, two = weights(tmp_path / "plain"), weights(tmp_path / "saving")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
