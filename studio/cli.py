@@ -307,8 +307,8 @@ def bases(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    if rows:
-        print_table(list(rows[0]), [list(row.values()) for row in rows])
+    shown = [{**row, "bytes": file_size(row["bytes"]) if row["bytes"] else ""} for row in rows]
+    print_table([*rows[0]], [list(row.values()) for row in shown])
 
 
 @app.command()

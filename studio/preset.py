@@ -53,9 +53,8 @@ class Data(_Settings):
     validation: int = Field(0, ge=0, description="How many pictures to hold out for a validation loss.")
     glyphs: Literal["train", "train+other", "held-out"] = Field("train", description="Stickers: which emoji to draw.")
     crop: int | None = Field(None, ge=16, description="Stickers: train the autoencoder on crops of this side.")
-    fill: float | None = Field(
-        None, gt=0, le=1, description="Stickers: one thing alone, of this size as a fraction of the picture."
-    )
+    alone: float = Field(0.0, ge=0, le=1, description="Stickers: share of pictures with one thing in the middle.")
+    fill: float | None = Field(None, gt=0, le=1, description="Stickers: its size there, as a fraction of the picture.")
     pool: int = Field(2048, ge=1, description="Stickers: pictures kept encoded at a time.")
     refresh: int = Field(8, ge=0, description="Stickers: pictures of the pool that are drawn anew at each step.")
     prior: Prior = Prior()

@@ -74,7 +74,7 @@ def test_a_key_always_draws_the_same_picture_and_others_differ():
 @needs_font
 def test_a_pool_is_a_function_of_seed_and_step():
     def pool():
-        return StickerPool(lambda pixels: pixels[:, :, ::8, ::8], 10, 3, seed=5, resolution=32, splits="train")
+        return StickerPool(lambda pixels: pixels[:, :, ::8, ::8], lambda key: draw(key, 32, "train"), 10, 3, seed=5)
 
     walked, jumped = pool(), pool()
     for step in range(8):

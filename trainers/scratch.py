@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -148,8 +149,11 @@ class DenoiserTask(_NetworkTask):
     def __init__(self, method: Scratch, base: LatentDiffusion, preset: Preset, run: Run) -> None:
         super().__init__(method, base, preset, run)
         data = preset.data
-        encode = base.encode_pictures
-        self.pool = StickerPool(encode, data.pool, data.refresh, preset.seed, self.resolution, data.glyphs, data.fill)
+        self.pool = StickerPool(base.encode_pictures, self._picture, data.pool, data.refresh, preset.seed)
+
+    def _picture(self, key: tuple[object, ...]) -> tuple[Image.Image, str]:
+        data = self.preset.data
+        return draw(key, self.resolution, data.glyphs, data.alone, data.fill)
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         latents, captions = self.pool.batch(step, micro, slots)
@@ -173,9 +177,7 @@ class DenoiserTask(_NetworkTask):
         return loss
 
     def validation_loss(self) -> float:
-        pairs = [
-            draw(("validation", i), self.resolution, "train", self.preset.data.fill) for i in range(VALIDATION_PICTURES)
-        ]
+        pairs = [self._picture(("validation", i)) for i in range(VALIDATION_PICTURES)]
         latents = self.base.encode_pictures(to_pixels([picture for picture, _ in pairs]))
         keys = [("validation", i) for i in range(VALIDATION_PICTURES)]
         return float(self._loss(latents, [caption for _, caption in pairs], keys).mean())

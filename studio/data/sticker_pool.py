@@ -22,10 +22,12 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw(key: tuple[object, ...], resolution: int, splits: str, fill: float | None = None) -> tuple[Image.Image, str]:
+def draw(
+    key: tuple[object, ...], resolution: int, splits: str, alone: float = 0.0, fill: float | None = None
+) -> tuple[Image.Image, str]:
     """(picture, caption) for a key."""
     rng = numpy_generator("sticker", *key)
-    picture, caption, _ = stickers.sample(rng, resolution, stickers.glyphs(*splits.split("+")), fill)
+    picture, caption, _ = stickers.sample(rng, resolution, stickers.glyphs(*splits.split("+")), alone, fill)
     return picture, caption
 
 
@@ -42,15 +44,13 @@ class StickerPool:
     def __init__(
         self,
         encode: Callable[[Tensor], Tensor],
+        picture: Callable[[tuple[object, ...]], tuple[Image.Image, str]],
         size: int,
         refresh: int,
         seed: int,
-        resolution: int,
-        splits: str,
-        fill: float | None = None,
     ) -> None:
-        self.encode, self.size, self.refresh = encode, size, refresh
-        self.seed, self.resolution, self.splits, self.fill = seed, resolution, splits, fill
+        self.encode, self.picture = encode, picture
+        self.size, self.refresh, self.seed = size, refresh, seed
         self.versions = [-1] * size
         self.captions = [""] * size
         self.latents: Tensor | None = None
@@ -68,7 +68,7 @@ class StickerPool:
         stale = [i for i in range(self.size) if self.versions[i] != wanted[i]]
         for start in range(0, len(stale), 64):
             part = stale[start : start + 64]
-            pairs = [draw((self.seed, i, wanted[i]), self.resolution, self.splits, self.fill) for i in part]
+            pairs = [self.picture((self.seed, i, wanted[i])) for i in part]
             with torch.no_grad():
                 latents = self.encode(to_pixels([picture for picture, _ in pairs])).float().cpu()
             if self.latents is None:

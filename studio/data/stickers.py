@@ -265,11 +265,19 @@ def _render_ground(ground: Ground, resolution: int) -> Image.Image:
 
 
 def sample(
-    rng: np.random.Generator, resolution: int, choices: Sequence[Glyph], fill: float | None = None
+    rng: np.random.Generator,
+    resolution: int,
+    choices: Sequence[Glyph],
+    alone: float = 0.0,
+    fill: float | None = None,
 ) -> tuple[Image.Image, str, Scene]:
-    """One random picture with its caption and the scene behind it; with `fill`, of one thing alone and so large."""
-    scene = draw_alone(rng, choices) if fill else draw_scene(rng, choices)
-    return render(scene, resolution, rng, fill), scene.caption(rng), scene
+    """One random picture with its caption and the scene behind it.
+
+    With probability `alone` it shows one thing in the middle, in its own colours and, if `fill` is given, so large.
+    """
+    simple = rng.random() < alone if alone else False
+    scene = draw_alone(rng, choices) if simple else draw_scene(rng, choices)
+    return render(scene, resolution, rng, fill if simple else None), scene.caption(rng), scene
 
 
 def vocabulary() -> list[str]:
