@@ -609,7 +609,7 @@ def test_extreme_ratios_and_enlargements_are_told(tmp_path):
     save(tmp_path / "tiny.png", noise((30, 30)))
     save(tmp_path / "fine.png", noise((128, 64)))
     found = look(tmp_path, resolution=64)
-    (cut,) = [w for w in found.report.warnings if "aspect ratio" in w]
+    (cut,) = [w for w in found.report.warnings if "cut to fit" in w]
     (small,) = [w for w in found.report.warnings if "smaller than half" in w]
     assert "'long.png'" in cut
     assert "'tiny.png'" in small

@@ -61,7 +61,7 @@ def on_pictures(pictures: list[Picture]) -> list[str]:
     cut = [p for p in pictures if _is_cut(p)]
     if cut:
         worst = min(kept_fraction(p.size, p.bucket) for p in cut)
-        found.append(f"aspect ratio: {_names(cut)} lose their edges; of the worst, {worst:.0%} is left")
+        found.append(f"cut to fit a bucket, {worst:.0%} of the worst is left: {_names(cut)}")
     return found
 
 
