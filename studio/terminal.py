@@ -116,6 +116,8 @@ class TrainingProgress:
             say(text)
 
     def _step(self, step: int, data: dict[str, Any]) -> None:
+        if self.loss == data["loss"]:  # the first step: what was encoded and drawn before it is no measure of speed
+            self.began, self.first = time.monotonic(), step
         facts = f"loss {self.loss:.4f}  {data['samples_per_second']:.1f} samples/s  {data['peak_memory_gib']:.2f} GiB"
         if self.bar:
             self.bar.update(self.task, completed=step, description="training", facts=facts)
