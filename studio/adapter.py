@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from studio.errors import AdapterError
 from studio.files import is_pickle, write_atomically
@@ -110,21 +110,23 @@ class Adapter:
         write_atomically(path, save(dict(sorted(tensors.items())), {HEADER_KEY: card}))
 
 
-def new_adapter(card: Card, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+def new_adapter(card: Card, layers: Mapping[str, nn.Module] | None = None, inputs: Mapping | None = None) -> Adapter:
     """Fresh patches of the card's method for the card's sites.
 
-    `weights` gives the pristine weights by site to methods that look at them. Raises AdapterError for a method that
-    makes no patches, PresetError for one that is unknown or cannot serve a site.
+    `layers` gives the pristine layers by site to methods that look at their weights, `inputs` the second moments of
+    their inputs. Raises AdapterError for a method that makes no patches, PresetError for one that is unknown or cannot
+    serve a site.
     """
+    method = _patch_method(card)
+    patches = method.patches(card.sites, Origin(card.concept, card.seed, inputs or {}), layers or {})
+    return Adapter(card, {name: {"main": patch} for name, patch in patches.items()})
+
+
+def _patch_method(card: Card) -> PatchMethod:
     method = method_from(card.method)
     if not isinstance(method, PatchMethod):
         raise AdapterError(f"a '{method.kind}' is not an adapter")
-    origin = Origin(card.concept, card.seed)
-    patches: dict[str, dict[str, Patch]] = {
-        name: {"main": method.patch(name, shape, origin, (weights or {}).get(name))}
-        for name, shape in card.sites.items()
-    }
-    return Adapter(card, patches)
+    return method
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -140,13 +142,34 @@ def load_adapter(path: Path) -> Adapter:
         raise AdapterError(
             f"'{path}' was written by a newer studio (format {card.format_version})", "update the studio"
         )
-    adapter = new_adapter(card)
+    return adapter_from(card, tensors)
+
+
+def adapter_from(card: Card, tensors: Mapping[str, Tensor]) -> Adapter:
+    """An adapter from its card and all its tensors by their names in the file. Raises AdapterError, PresetError."""
+    method, origin = _patch_method(card), Origin(card.concept, card.seed)
+    terms = _by_site_and_term(card, tensors)
+    patches = {
+        name: {term: method.stored(name, shape, origin, own) for term, own in terms.get(name, {"main": {}}).items()}
+        for name, shape in card.sites.items()
+    }
+    adapter = Adapter(card, patches)
     for name, value in tensors.items():
         encoder, _, word = name.partition(f".{TOKENS}.")
         if word and encoder not in adapter.patches:
             adapter.words.setdefault(encoder, {})[word] = torch.empty_like(value)
     adapter.load_tensors(tensors)
     return adapter
+
+
+def _by_site_and_term(card: Card, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """`<site>.<term>.<tensor>` taken apart. A site's name has dots, a term's and a tensor's have none."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, value in tensors.items():
+        site, term, tensor = name.rsplit(".", 2) if name.count(".") >= 2 else ("", "", "")
+        if site in card.sites:
+            found.setdefault(site, {}).setdefault(term, {})[tensor] = value
+    return found
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -2,12 +2,13 @@
 
 The layer object stays the same and keeps its weight, its name and its hooks; only its `forward` is covered by one
 that adds the terms. Hence the base's `state_dict` is the same before, during and after, and attention processors,
-gradient checkpointing and `torch.compile` see ordinary modules.
+gradient checkpointing and `torch.compile` see ordinary modules. The exception are patches that write in place: they
+change few entries of the weight while they are attached (overwrite.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from studio.errors import AdapterError, nearest
-from studio.patch import LayerCall, LayerShape, Patch
+from studio.overwrite import Journal
+from studio.patch import InPlace, LayerCall, LayerShape, Patch
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Site:
     """A layer that a method may patch. `name` begins with the component: `unet.mid_block...to_q`."""
 
     name: str
-    module: Any  # linear or convolution
+    module: Any  # a layer of one of LayerShape's kinds
     shape: LayerShape
 
     @property
@@ -36,7 +38,7 @@ class Site:
 
 
 def find_sites(components: Mapping[str, nn.Module]) -> dict[str, Site]:
-    """Every linear and convolution layer of the components, in the order of the modules."""
+    """Every layer of the components that has a LayerShape, in the order of the modules."""
     sites = {}
     for component, root in components.items():
         for path, module in root.named_modules():
@@ -54,19 +56,20 @@ class _PatchedForward:
         self.layer = layer
         self.covered = layer.__dict__.get("forward")  # an instance attribute of somebody else, kept
         self.inner = layer.forward
+        self.journal = Journal(layer)
         self.terms: list[tuple[Patch, Attachment]] = []
         self.fired = False
         layer.forward = self
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.fired = True
-        call = LayerCall(args, kwargs)
+        call = LayerCall(self.layer, args, kwargs)
         terms = [(patch, attachment.weight) for patch, attachment in self.terms if not _is(attachment.weight, 0.0)]
         shifted = x
         for patch, weight in terms:
             u = patch.input_term(_as_patch_dtype(x, patch), call)
             if u is not None:
-                shifted = shifted + (weight * u).to(x.dtype)
+                shifted, call.shifted = shifted + (weight * u).to(x.dtype), True
         y = out = self.inner(shifted, *args, **kwargs)
         for patch, weight in terms:
             v = patch.output_term(_as_patch_dtype(x, patch), y, call)
@@ -76,11 +79,18 @@ class _PatchedForward:
 
     def remove(self, attachment: Attachment) -> None:
         self.terms = [term for term in self.terms if term[1] is not attachment]
+        self.rewrite()
         if not self.terms:
             if self.covered is None:
                 del self.layer.__dict__["forward"]
             else:
                 self.layer.forward = self.covered
+
+    def rewrite(self) -> None:
+        """Brings the layer's own entries up to date with its in-place patches."""
+        terms = [(patch, attachment.weight) for patch, attachment in self.terms if isinstance(patch, InPlace)]
+        if terms or self.journal.stashes:
+            self.journal.rewrite(terms)
 
 
 def _is(weight: float | Tensor, value: float) -> bool:
@@ -89,7 +99,7 @@ def _is(weight: float | Tensor, value: float) -> bool:
 
 def _as_patch_dtype(x: Tensor, patch: Patch) -> Tensor:
     """Autocast chooses dtypes itself; elsewhere the patch computes in its own."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
         return x
     parameter = next(iter(patch.parameters()), None)
     return x if parameter is None or parameter.dtype == x.dtype else x.to(parameter.dtype)
@@ -103,7 +113,28 @@ class Attachment:
 
     def __init__(self, forwards: list[_PatchedForward], weight: float | Tensor) -> None:
         self._forwards = forwards
-        self.weight = weight
+        self._weight = weight
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def weight(self) -> float | Tensor:
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float | Tensor) -> None:
+        self._weight = value
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Call it when in-place patches have new values: brings the layers up to date."""
+        for forward in self._forwards:
+            forward.rewrite()
+
+    def learn(self) -> None:
+        """Lets gradients of the layers' own parameters reach in-place patches, until `detach`."""
+        for forward in self._forwards:
+            own = [patch for patch, attachment in forward.terms if attachment is self and isinstance(patch, InPlace)]
+            self._undo += [patch.learn(forward.layer) for patch in own]
 
     def silent_sites(self, names: Mapping[nn.Module, str]) -> list[str]:
         """The patched layers that no forward pass has reached so far."""
@@ -111,6 +142,9 @@ class Attachment:
 
     def detach(self) -> None:
         """Takes the patches off. A second call does nothing."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
         for forward in self._forwards:
             forward.remove(self)
         self._forwards = []
@@ -123,9 +157,12 @@ class Attachment:
 
 
 def attach(
-    sites: Mapping[str, Site], patches: Mapping[str, Iterable[Patch]], weight: float | Tensor = 1.0
+    sites: Mapping[str, Site],
+    patches: Mapping[str, Iterable[Patch]],
+    weight: float | Tensor = 1.0,
+    train: bool = False,
 ) -> Attachment:
-    """Puts patches, keyed by site name, on a model's layers.
+    """Puts patches, keyed by site name, on a model's layers; with `train`, so that in-place patches learn too.
 
     Raises AdapterError if a site does not exist or has another shape; then nothing is attached.
     """
@@ -149,4 +186,7 @@ def attach(
         device = next(layer.parameters()).device
         forward.terms.extend((patch.to(device), attachment) for patch in site_patches)
         forwards.append(forward)
+    attachment.refresh()
+    if train:
+        attachment.learn()
     return attachment

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from studio.adapter import BaseIdentity
 from studio.attachment import Site, find_sites
 from studio.errors import AdapterError, PresetError, nearest
-from studio.method import matches
+from studio.method import PatchMethod, matches
 from studio.objective import Objective
 
 Condition = dict[str, Tensor]  # per sample: every tensor has B in front
@@ -118,13 +118,13 @@ class Base(ABC):
     def sites(self) -> dict[str, Site]:
         return find_sites(self.components)
 
-    def select(self, targets: Sequence[str]) -> dict[str, Site]:
-        """The sites that match the targets: groups of this family, or patterns of names.
+    def select(self, targets: Sequence[str], kinds: Sequence[str] = PatchMethod.kinds) -> dict[str, Site]:
+        """The sites of these kinds that match the targets: groups of this family, or patterns of names.
 
         `PATTERN:KIND` narrows a pattern to a kind of layer: `unet.*:linear`, `unet.down_blocks.*:conv*`.
         Raises PresetError for a target that matches nothing, naming the nearest.
         """
-        sites = self.sites()
+        sites = {name: site for name, site in self.sites().items() if site.shape.kind in kinds}
         chosen: set[str] = set()
         for target in targets:
             patterns = self.groups.get(target, (target,))

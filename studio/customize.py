@@ -6,15 +6,16 @@ patched denoiser predicts. B samples, C H W the latents' axes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from studio.adapter import Card, new_adapter
+from studio.adapter import Card, load_adapter, new_adapter
 from studio.attachment import attach
 from studio.base import Condition, Request
 from studio.bases.latent_diffusion import LatentDiffusion
@@ -23,9 +24,10 @@ from studio.data.order import Order
 from studio.data.pictures import Picture, PictureSet, load_mask, load_pixels
 from studio.data.sticker_pool import to_pixels
 from studio.errors import WorkError
-from studio.fit import Group
+from studio.fit import Group, Task
 from studio.keyed import torch_generator
 from studio.method import PatchMethod
+from studio.patch import Patch
 from studio.preset import Preset
 from studio.run import Event, Run
 from studio.samples import save_picture
@@ -46,7 +48,7 @@ class Example:
     masks: list[Tensor] | None = None
 
 
-class AdapterTask:
+class AdapterTask(Task):
     """Trains the patches (and learned words) of one adapter on a set of pictures."""
 
     def __init__(
@@ -61,15 +63,15 @@ class AdapterTask:
     ) -> None:
         self.method, self.base, self.preset, self.run = method, base, preset, run
         self.cache = cache
-        self.sites = base.select(method.target_modules)
-        weights = {name: site.module.weight.detach() for name, site in self.sites.items()}
-        self.adapter = new_adapter(card, weights)
+        self.sites = base.select(method.target_modules, method.kinds)
+        layers = {name: site.module for name, site in self.sites.items()}
+        self.adapter = new_adapter(card, layers)
         if preset.learned_words:
             self.adapter.words = fresh_words(base, card.trigger, card.class_word, preset.learned_words, preset.seed)
         self.encodes_in_loop = bool(self.adapter.words) or any(
             site.component in base.text_encoder_names for site in self.sites.values()
         )
-        self.attachment = attach(self.sites, self.adapter.by_site())
+        self.attachment = attach(self.sites, self.adapter.by_site(), train=True)
         self.words = WordAttachment(base, self.adapter.words)
         self.pictures, self.held_out_pictures = pictures.pictures, pictures.held_out
         self.conditions: dict[tuple[str, tuple[int, int]], Condition] = {}
@@ -148,18 +150,44 @@ class AdapterTask:
 
     # -- what the loop asks ------------------------------------------------------------------------------------
 
+    @property
+    def patches(self) -> dict[str, Patch]:
+        """By site; an adapter in training has one term on each."""
+        return {site: terms["main"] for site, terms in self.adapter.patches.items()}
+
     def groups(self) -> list[Group]:
         patches = {
-            f"{site}.{term}.{name}": parameter
-            for site, terms in self.adapter.patches.items()
-            for term, patch in terms.items()
+            f"{site}.main.{name}": parameter
+            for site, patch in self.patches.items()
             for name, parameter in patch.named_parameters()
         }
         words: dict[str, Any] = {f"{e}.{w}": v for e, ws in self.adapter.words.items() for w, v in ws.items()}
         groups = [Group(patches)]
         if words:
+            assert self.preset.learning_rate is not None
             groups.append(Group(words, self.preset.learned_words_lr / self.preset.learning_rate))
         return groups
+
+    def restore(self, folder: Path) -> None:
+        """Takes the patches from the checkpoint, whose sizes may be others by now."""
+        stored = load_adapter(folder / "adapter.safetensors").patches
+        self.adapter.patches = {site: stored[site] for site in self.sites}  # sums over them keep their order
+        self.attachment.detach()
+        self.attachment = attach(self.sites, self.adapter.by_site(), train=True)
+
+    def reselect(self, step: int) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        patches = self.patches
+        return {
+            f"{site}.main.{name}": (patches[site].get_parameter(name), positions)
+            for site, kept in self.method.reselect(patches, step, self.preset.steps).items()
+            for name, positions in kept.items()
+        }
+
+    def penalise(self, step: int) -> None:
+        self.method.penalise(self.patches, step, self.preset.seed)
+
+    def updated(self) -> None:
+        self.attachment.refresh()
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
@@ -177,12 +205,25 @@ class AdapterTask:
         captions = ["" if drop else e.caption for e, drop in zip(examples, dropped)]
         noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
         condition = self._condition(captions, examples[0].bucket)
-        error = (self.base.predict(noisy, objective.network_time(times), condition).float() - target).square()
-        error = self._masked(error, examples, flips)
-        loss = error.mean((1, 2, 3)) * torch.tensor([e.weight for e in examples], device=device)
+
+        def distance() -> Tensor:
+            predicted = self.base.predict(noisy, objective.network_time(times), condition).float()
+            return self._masked((predicted - target).square(), examples, flips).mean((1, 2, 3))
+
+        loss = self._consistent(distance) if self.preset.dco_beta else distance()
+        loss = loss * torch.tensor([e.weight for e in examples], device=device)
         if self.preset.min_snr_gamma:
             loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(device)
         return loss
+
+    def _consistent(self, distance: Callable[[], Tensor]) -> Tensor:
+        """-log sigmoid(-beta (d - d_base)) (Lee et al. 2024, DCO); d_base with the patches off."""
+        self.attachment.weight = 0.0
+        with torch.no_grad():
+            reference = distance()
+        self.attachment.weight = 1.0
+        assert self.preset.dco_beta is not None
+        return -F.logsigmoid(-self.preset.dco_beta * (distance() - reference))
 
     def _condition(self, captions: list[str], bucket: tuple[int, int]) -> Condition:
         if self.encodes_in_loop:
@@ -227,9 +268,8 @@ class AdapterTask:
         self.attachment.weight = 1.0
 
     def _train_mode(self, on: bool) -> None:
-        for terms in self.adapter.patches.values():
-            for patch in terms.values():
-                patch.train(on)  # dropout
+        for patch in self.patches.values():
+            patch.train(on)  # dropout
 
     def save(self, folder: Path, step: int) -> Path:
         self.adapter.card.steps = step

@@ -12,10 +12,12 @@ import json
 import math
 import resource
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,34 +40,50 @@ class Group:
     learning_rate_factor: float = 1.0
 
 
-class Task(Protocol):
+class Task(ABC):
     """What is trained, on what, and what it shows for it."""
 
+    @abstractmethod
     def groups(self) -> list[Group]: ...
 
+    @abstractmethod
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         """The loss of each sample in these slots of a micro-batch, (B,). Must depend on nothing but its arguments."""
-        ...
 
+    @abstractmethod
     def describe(self, step: int, micro: int, slots: range) -> str:
         """Which samples and times these slots hold, for a message about a loss that is not finite."""
-        ...
 
+    @abstractmethod
     def validation_loss(self) -> float | None:
         """The loss on held-out data at fixed noise, or None if nothing is held out."""
-        ...
 
+    @abstractmethod
     def draw_samples(self, step: int) -> Iterator[Event]:
         """Draws the sample pictures and yields a `sample` event for each."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path, step: int) -> Path:
         """Writes what is trained, as the user would use it, and returns where."""
-        ...
 
+    @abstractmethod
     def check_first_step(self) -> None:
         """Called after the first backward pass; raises if a part of what is trained was never reached."""
-        ...
+
+    # -- for tasks that do more than follow gradients ------------------------------------------------------------
+
+    def restore(self, folder: Path) -> None:  # noqa: B027
+        """Called before `groups` on resume: takes from what `save` wrote all that decides what is trained."""
+
+    def reselect(self, step: int) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """Before step `step`: by name, a smaller parameter that replaces a flat one, and the positions kept."""
+        return {}
+
+    def penalise(self, step: int) -> None:  # noqa: B027
+        """Adds gradients of penalties, after clipping."""
+
+    def updated(self) -> None:  # noqa: B027
+        """Called whenever trained values have changed."""
 
 
 def fit(
@@ -77,24 +95,28 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Trains `task` and yields events until it is finished or asked to stop. Raises NonFiniteLoss, DiskError."""
+    checkpoint = run.newest_checkpoint() if resume else None
+    if checkpoint is not None:
+        task.restore(checkpoint)
     groups = task.groups()
     named = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    parameters = list(named.values())
     optimizer = _optimizer(groups, schedule, accelerator.device)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
     ema = {name: p.detach().clone() for name, p in named.items()} if schedule.ema_decay else {}
-    state = _State(named, optimizer, ema, scaler, schedule)
+    state = _State(named, optimizer, ema, scaler, schedule, task.updated)
     main = accelerator.is_main_process
     started_at = time.monotonic()
     done = False
 
     # -- begin, or go on from the newest checkpoint
     step = 0
-    if resume:
-        step = state.load(run.newest_checkpoint())
+    if checkpoint is not None:
+        step = state.load(checkpoint)
         yield Event("resumed", step, {"from_step": step})
     else:
-        yield Event("started", 0, {"steps": schedule.steps, "trained_parameters": sum(p.numel() for p in parameters)})
+        yield Event(
+            "started", 0, {"steps": schedule.steps, "trained_parameters": sum(p.numel() for p in named.values())}
+        )
         if main and schedule.sample_every:
             yield from _undisturbed(task.draw_samples, 0)
     window = _Window(schedule.batch_size * schedule.gradient_accumulation_steps * accelerator.num_processes)
@@ -109,6 +131,9 @@ def fit(
                 return
 
             # -- gradients: summed over micro-batches, then over processes
+            for name, (smaller, kept) in task.reselect(step).items():
+                state.shrink(name, smaller, kept)
+            parameters = list(named.values())
             learning_rate = schedule.learning_rate_at(step)
             for group, settings in zip(groups, optimizer.param_groups, strict=True):
                 settings["lr"] = learning_rate * group.learning_rate_factor
@@ -132,23 +157,25 @@ def fit(
             norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm or math.inf)
             if not torch.isfinite(norm) and not scaler.is_enabled():
                 raise _non_finite("gradient", task, step, 0, _own_slots(schedule.batch_size, accelerator), accelerator)
+            task.penalise(step)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 _update_ema(ema, named, schedule.ema_decay, step)
+            task.updated()
             step += 1
             yield Event("step", step, window.figures(loss, learning_rate, float(norm)))
 
             # -- what happens now and then
             if schedule.validate_every and (step % schedule.validate_every == 0 or step == schedule.steps):
-                with _with_values(named, ema):
+                with state.averaged():
                     value = _undisturbed_value(task.validation_loss)
                 if value is not None:
                     yield Event("validation", step, {"loss": value})
             due = schedule.sample_every and (step % schedule.sample_every == 0 or step == schedule.steps)
             if main and (run.requested("sample") or due):
-                with _with_values(named, ema):
+                with state.averaged():
                     yield from _undisturbed(task.draw_samples, step)
             if step % schedule.checkpoint_every == 0 and step < schedule.steps:
                 yield from _checkpoint(task, state, run, step, schedule, main)
@@ -158,6 +185,7 @@ def fit(
         yield from _checkpoint(task, state, run, step, schedule, main)
         if ema:
             _copy_values(ema, named)
+            task.updated()
         done = True
         yield Event("finished", step, {"seconds": round(time.monotonic() - started_at, 3)})
     finally:
@@ -177,6 +205,7 @@ class _State:
     ema: dict[str, Tensor]
     scaler: torch.amp.GradScaler
     schedule: Schedule
+    updated: Callable[[], None]
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"value.{name}": p.detach() for name, p in self.named.items()}
@@ -211,7 +240,35 @@ class _State:
                 self.ema[name].copy_(tensors[f"ema.{name}"])
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
+        self.updated()
         return facts["step"]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters hold the averaged values; outside, their own again."""
+        if not self.ema:
+            yield
+            return
+        own = {name: p.detach().clone() for name, p in self.named.items()}
+        try:
+            _copy_values(self.ema, self.named)
+            self.updated()
+            yield
+        finally:
+            _copy_values(own, self.named)
+            self.updated()
+
+    def shrink(self, name: str, smaller: nn.Parameter, kept: Tensor) -> None:
+        """Puts a smaller parameter in the place of a flat one, with its share of moments and averages."""
+        old = self.named[name]
+        self.named[name] = smaller
+        for settings in self.optimizer.param_groups:
+            settings["params"] = [smaller if p is old else p for p in settings["params"]]
+        moments = self.optimizer.state.pop(old, {})
+        if moments:
+            self.optimizer.state[smaller] = {k: v[kept] if v.ndim else v for k, v in moments.items()}
+        if name in self.ema:
+            self.ema[name] = self.ema[name][kept]
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -228,25 +285,11 @@ def _checkpoint(task: Task, state: _State, run: Run, step: int, schedule: Schedu
     if not main:
         return
     partial = run.begin_checkpoint(step)
-    with _with_values(state.named, state.ema):
+    with state.averaged():
         task.save(partial, step)
     state.save(partial, step)
     final = run.commit_checkpoint(partial, step, schedule.checkpoints_kept)
     yield Event("checkpoint", step, {"path": str(final.relative_to(run.folder))})
-
-
-class _with_values:  # noqa: N801  a context manager, used like a function
-    """Inside, the parameters hold the averaged values; outside, their own again."""
-
-    def __init__(self, named: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-        self.named, self.values = named, values
-
-    def __enter__(self) -> None:
-        self.own = {name: p.detach().clone() for name, p in self.named.items()} if self.values else {}
-        _copy_values(self.values, self.named)
-
-    def __exit__(self, *_: object) -> None:
-        _copy_values(self.own, self.named)
 
 
 @torch.no_grad()
@@ -266,7 +309,7 @@ def _optimizer(groups: list[Group], schedule: Schedule, device: torch.device) ->
     settings = [{"params": list(group.parameters.values())} for group in groups]
     return torch.optim.AdamW(
         settings,
-        lr=schedule.learning_rate,
+        lr=schedule.learning_rate_at(0),
         betas=schedule.betas,
         weight_decay=schedule.weight_decay,
         fused=device.type == "cuda" or None,

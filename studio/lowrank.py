@@ -1,19 +1,16 @@
 """The low-rank patch that LoRA, Orthogonal Adaptation and every imported LoRA file share.
 
-v(x) = s B (A x),   delta W = s B A        A (R, I, k...), B (O, R, 1...), s a number
+v(x) = s B (A x),   delta W = s B A        A (R, I, k...), B (O, R, 1...), s a number;   embedding: A (R, D), B (N, R)
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from studio.functional import CONVOLUTIONS, convolve, look_up
 from studio.patch import Delta, LayerCall, LayerShape
-
-CONVOLUTIONS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
 
 class LowRankPatch(Delta):
@@ -38,21 +35,14 @@ class LowRankPatch(Delta):
         return self.down.shape[0]
 
     def output_term(self, x: Tensor, y: Tensor, call: LayerCall) -> Tensor:
+        if self.shape.kind == "embedding":
+            return F.linear(look_up(x, self.up, call), self.down.T * self.scale)
         if self.dropout is not None:
             x = self.dropout(x)
         up = self.up if self.scale == 1.0 else self.up * self.scale  # cheaper than scaling the output
         if self.shape.kind == "linear":
             return F.linear(F.linear(x, self.down), up)
-        return CONVOLUTIONS[self.shape.kind](self._convolve_down(x), up)
-
-    def _convolve_down(self, x: Tensor) -> Tensor:
-        """The layer's own convolution with A in place of its weight."""
-        shape = self.shape
-        padding: Any = shape.padding
-        if shape.padding_mode != "zeros" and not isinstance(padding, str):
-            sides = [side for size in reversed(padding) for side in (size, size)]
-            x, padding = F.pad(x, sides, mode=shape.padding_mode), 0
-        return CONVOLUTIONS[shape.kind](x, self.down, None, shape.stride, padding, shape.dilation)
+        return CONVOLUTIONS[self.shape.kind](convolve(self.shape, x, self.down), up)
 
     def delta(self, weight: Tensor) -> Tensor:
         down, up = self.low_rank()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from studio.errors import PresetError, nearest
 from studio.patch import LayerShape, Patch
@@ -23,11 +24,13 @@ from studio.patch import LayerShape, Patch
 class Origin:
     """What a fresh patch may depend on beside its layer.
 
-    `concept` names what is taught (data fingerprint and trigger word), `seed` the run.
+    `concept` names what is taught (data fingerprint and trigger word), `seed` the run. `inputs` holds the second
+    moments (I, I) of the layers' inputs on the base by site, for methods that ask for them with `needs_inputs`.
     """
 
     concept: str
     seed: int = 0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(BaseModel):
@@ -37,7 +40,11 @@ class Method(BaseModel):
 
     kind: str
     paper: ClassVar[str] = ""
-    learning_rate: ClassVar[float] = 1e-4  # used where a preset's method is replaced by `--method`
+    learning_rate: ClassVar[float] = 1e-4  # where the preset gives none
+
+    def peak_learning_rate(self) -> float:
+        """The learning rate where the preset gives none."""
+        return type(self).learning_rate
 
     def base(self, preset: Any) -> Any:
         """The base that a preset's training starts from."""
@@ -52,6 +59,8 @@ class Method(BaseModel):
 
 class PatchMethod(Method):
     """A method that adds patches to layers and leaves the base alone."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "conv2d", "conv3d")  # of layers that it serves
 
     target_modules: tuple[str, ...] = Field(
         ("attention",),
@@ -71,6 +80,44 @@ class PatchMethod(Method):
         Raises PresetError where the method is not defined on a layer of this shape.
         """
         raise TypeError(f"{type(self).__name__} makes no patches")
+
+    def patches(
+        self, shapes: Mapping[str, LayerShape], origin: Origin, layers: Mapping[str, nn.Module]
+    ) -> dict[str, Patch]:
+        """Fresh patches for all sites. `layers` holds the pristine layers by site; it may be empty."""
+        weights = {name: layer.get_parameter("weight").detach() for name, layer in layers.items()}
+        return {name: self.patch(name, shape, origin, weights.get(name)) for name, shape in shapes.items()}
+
+    def stored(self, name: str, shape: LayerShape, origin: Origin, tensors: Mapping[str, Tensor]) -> Patch:
+        """A patch with room for the tensors of a file, named as in its state_dict."""
+        return self.patch(name, shape, origin)
+
+    # -- a training, from plan to step -------------------------------------------------------------------------
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether fresh patches look at `Origin.inputs`."""
+        return False
+
+    def resolved(self, sites: Mapping[str, Any], identity: Any, origin: Origin) -> Self:
+        """The method with everything settled that the run must record. `sites` are Sites. Writes nothing.
+
+        Raises PresetError for settings that do not fit the base.
+        """
+        return self
+
+    def begin(self, card: Any) -> None:
+        """Called once when a training starts, by one process: the place to take what `resolved` found free."""
+
+    def penalise(self, patches: Mapping[str, Patch], step: int, seed: int) -> None:
+        """Adds the gradients of the method's own penalties. Called after clipping, before the optimizer's step."""
+
+    def reselect(self, patches: Mapping[str, Patch], step: int, steps: int) -> dict[str, dict[str, Tensor]]:
+        """Gives up trained entries before step `step` (from 0) of `steps`: by site and parameter, the positions kept.
+
+        The method has then already replaced the patch's parameter by one of the kept entries.
+        """
+        return {}
 
 
 class RankedMethod(PatchMethod):

@@ -9,18 +9,23 @@ with `u` the input term, `v` the output term and `s` the strength. The layer's o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """All that a patch must know of its layer: kind and geometry, no values.
 
-    `kind` is "linear", "conv1d", "conv2d" or "conv3d". `weight` is the shape of the layer's weight: (O, I) for a
-    linear layer, (O, I / groups, k, ...) for a convolution.
+    `kind` is "linear", "conv1d", "conv2d", "conv3d", "embedding" or "norm". `weight` is the shape of the layer's
+    weight: (O, I) for a linear layer, (O, I / groups, k, ...) for a convolution, (N, D) for an embedding of N entries,
+    (C,) for a norm over C channels.
     """
 
     kind: str
@@ -30,6 +35,7 @@ class LayerShape:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
+    bias: bool = False
 
     @property
     def out_features(self) -> int:
@@ -45,9 +51,14 @@ class LayerShape:
 
     @classmethod
     def of(cls, module: nn.Module) -> LayerShape | None:
-        """The shape of a linear or convolution layer; None for any other module."""
+        """The shape of a layer of one of these kinds; None for any other module, and for a norm without a weight."""
+        bias = getattr(module, "bias", None) is not None
         if isinstance(module, nn.Linear):
-            return cls("linear", (module.out_features, module.in_features))
+            return cls("linear", (module.out_features, module.in_features), bias=bias)
+        if isinstance(module, nn.Embedding):
+            return cls("embedding", tuple(module.weight.shape))
+        if isinstance(module, NORMS):
+            return None if module.weight is None else cls("norm", tuple(module.weight.shape), bias=bias)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
             return cls(
@@ -58,16 +69,22 @@ class LayerShape:
                 tuple(module.dilation),
                 module.groups,
                 module.padding_mode,
+                bias,
             )
         return None
 
 
 @dataclass
 class LayerCall:
-    """The call of the patched layer, beside its input: what region masks and causal state may need."""
+    """The call of the patched layer, beside its input: what DoRA, region masks and causal state need.
 
+    `layer` holds the pristine weight. `shifted` says that input terms were added, so that y is not layer(x).
+    """
+
+    layer: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    shifted: bool = False
 
 
 class Patch(nn.Module):
@@ -98,3 +115,39 @@ class Delta(Patch):
         Linear: down (R, I), up (O, R). Convolution: down (R, I, k, ...), up (O, R, 1, ...), as PEFT lays them out.
         """
         return None
+
+    def bias_delta(self) -> Tensor | None:
+        """What is added to the layer's bias, (O,), or None where it stays."""
+        return None
+
+
+class InPlace(Delta):
+    """A delta that is written into the layer's own parameters while it is attached, few entries of each.
+
+    The attachment keeps what it overwrites and puts it back bit for bit.
+    """
+
+    shape: LayerShape
+
+    def writes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By parameter of the layer: the flat positions, sorted, and what strength 1 adds there, in fp32."""
+        raise TypeError(f"{type(self).__name__} does not say what it writes")
+
+    def learn(self, layer: nn.Module) -> Callable[[], None]:
+        """Makes the gradients of the layer's parameters reach the patch's own. Returns what undoes that."""
+        raise TypeError(f"{type(self).__name__} cannot be trained")
+
+    @torch.no_grad()
+    def delta(self, weight: Tensor) -> Tensor:
+        return self._dense("weight", weight.shape, weight.device)
+
+    @torch.no_grad()
+    def bias_delta(self) -> Tensor | None:
+        return self._dense("bias", (self.shape.weight[0],), None) if "bias" in self.writes() else None
+
+    def _dense(self, name: str, shape: Any, device: torch.device | None) -> Tensor:
+        dense = torch.zeros(shape, device=device)
+        if name in self.writes():
+            positions, values = self.writes()[name]
+            dense.view(-1)[positions.long().to(dense.device)] = values.float().to(dense.device)
+        return dense

@@ -66,7 +66,9 @@ class Schedule(_Settings):
     steps: int = Field(500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(1, ge=1, description="Samples per step, micro-batch and process.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of AdamW. Default: the method's own."
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How it falls after warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which it rises from zero.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging factors.")
@@ -80,7 +82,8 @@ class Schedule(_Settings):
     checkpoints_kept: int = Field(2, ge=1, description="How many checkpoints stay on disk.")
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step `step` (from 0)."""
+        """The learning rate of step `step` (from 0). A plan settles the peak where the preset has none."""
+        assert self.learning_rate is not None
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -110,6 +113,12 @@ class Preset(Schedule):
 
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR weighting of timesteps; 5 is usual.")
+    dco_beta: float | None = Field(
+        None,
+        gt=0,
+        description="Direct consistency optimization (Lee et al. 2024): learn only as far as the base is bettered, the "
+        "sharper the larger; 1000 is usual. Costs a second forward pass.",
+    )
     learned_words: int = Field(0, ge=0, le=32, description="Train this many vectors for the trigger word itself.")
     learned_words_lr: float = Field(5e-3, gt=0, description="Learning rate of the learned words.")
     sample_prompts: tuple[str, ...] = Field(("{trigger}",), description="What to draw during training.")

@@ -28,7 +28,7 @@ from studio.errors import PresetError, RequestError
 from studio.files import slug, slugify
 from studio.fit import Task, fit
 from studio.keyed import key_of
-from studio.method import PatchMethod, methods
+from studio.method import Origin, PatchMethod
 from studio.paths import assets_dir, studio_home
 from studio.preset import Preset, apply_settings, make_preset, read_preset
 from studio.report import write_report
@@ -68,13 +68,13 @@ def resolve(order: Order) -> tuple[Preset, list[str]]:
 
 
 def _with_method(content: dict[str, Any], original: Preset, kind: str) -> dict[str, Any]:
-    """The preset's method replaced by `kind` with its own defaults, at the same layers and its own learning rate."""
+    """The preset's method replaced by `kind` with its own defaults and learning rate, at the same layers."""
     replaced: dict[str, Any] = {"kind": kind}
     if isinstance(original.method, PatchMethod):
         replaced["target_modules"] = list(original.method.target_modules)
     changed = {**content, "method": replaced}
-    if kind in methods() and kind != original.method.kind:
-        changed["learning_rate"] = methods()[kind].learning_rate
+    if kind != original.method.kind:
+        changed.pop("learning_rate", None)
     return changed
 
 
@@ -125,6 +125,8 @@ class Training:
             self.run.prepare()
             self.run.save_preset(self.preset.to_yaml())
             library.register_run(self.run.folder)
+            if self.card is not None and not self.resume and isinstance(self.preset.method, PatchMethod):
+                self.preset.method.begin(self.card)
         for event in self._train(should_stop):
             if main and event.kind != "progress":
                 self.run.append(event)
@@ -204,14 +206,38 @@ def plan(order: Order) -> Training:
     if not isinstance(preset.method, PatchMethod):
         base = preset.method.base(preset)
         name = order.name or slugify(Path(order.preset).stem)
+        preset = _with_rate(preset, changes)
         return Training(preset, changes, base.to(accelerator.device), _run(run_folder, name), name, accelerator)
     base = load_base(preset.base).to(accelerator.device)
     base.notes.append(base.choose_attention())
     pictures, trigger = _scan(preset, base, order.name)
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
     name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
+    preset = _with_rate(_settled(preset, base, pictures, trigger), changes)
     card = _card(preset, base, pictures, trigger)
     return Training(preset, changes, base, _run(run_folder, name), name, accelerator, card, pictures)
+
+
+def _settled(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Preset:
+    """The preset with its method resolved on the base. Raises PresetError."""
+    assert isinstance(preset.method, PatchMethod)
+    sites = base.select(preset.method.target_modules, preset.method.kinds)
+    origin = Origin(_concept(pictures, trigger), preset.seed)
+    return preset.model_copy(update={"method": preset.method.resolved(sites, base.identity(), origin)})
+
+
+def _with_rate(preset: Preset, changes: list[str]) -> Preset:
+    """The preset with the method's learning rate where it has none of its own."""
+    if preset.learning_rate is not None:
+        return preset
+    rate = preset.method.peak_learning_rate()
+    changes[:] = [line for line in changes if not line.startswith("learning_rate: ")]
+    changes.append(f"learning_rate: {rate:.3g}, as '{preset.method.kind}' has it")
+    return preset.model_copy(update={"learning_rate": rate})
+
+
+def _concept(pictures: PictureSet, trigger: str) -> str:
+    return f"{pictures.fingerprint}:{trigger}"
 
 
 def plan_resume(folder: Path) -> Training:
@@ -264,7 +290,7 @@ def _with_trigger(found: PictureSet, trigger: str) -> PictureSet:
 
 def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Card:
     assert isinstance(preset.method, PatchMethod)
-    sites = base.select(preset.method.target_modules)
+    sites = base.select(preset.method.target_modules, preset.method.kinds)
     shown = preset.model_dump(mode="json")
     shown["data"] = {**shown["data"], "path": None}  # folders can tell more than their owner wants
     shown["base"] = base.identity().name
@@ -274,7 +300,7 @@ def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Car
         sites={name: site.shape for name, site in sites.items()},
         trigger=trigger,
         class_word=preset.data.class_word,
-        concept=f"{pictures.fingerprint}:{trigger}",
+        concept=_concept(pictures, trigger),
         data_fingerprint=pictures.fingerprint,
         data_count=len(pictures.pictures),
         preset=shown,

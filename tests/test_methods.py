@@ -48,8 +48,7 @@ def tiny_adapter(kind, targets=("attention",), seed=3, base=None, **settings):
         concept="c",
         seed=seed,
     )
-    weights = {name: s.module.weight for name, s in sites.items()}
-    return base, sites, new_adapter(card, weights)
+    return base, sites, new_adapter(card, {name: s.module for name, s in sites.items()})
 
 
 @pytest.mark.parametrize("layer_name", LAYERS)

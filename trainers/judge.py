@@ -26,7 +26,7 @@ from studio.data.sticker_pool import to_pixels
 from studio.data.stickers import TINTS, Glyph, Ground, Scene, Thing, draw_scene, glyphs, render
 from studio.errors import PresetError
 from studio.evaluate.judge import SIDE, Judge, attribute_labels, save_judge
-from studio.fit import Group
+from studio.fit import Group, Task
 from studio.keyed import numpy_generator, torch_generator
 from studio.method import Method, register
 from studio.preset import Preset
@@ -57,7 +57,7 @@ class JudgeMethod(Method):
         return JudgeTask(self, preset, base.device if base else torch.device("cpu"))
 
 
-class JudgeTask:
+class JudgeTask(Task):
     """Cross-entropy on the glyph and on each attribute of scenes of one thing."""
 
     def __init__(self, method: JudgeMethod, preset: Preset, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from studio.bases.registry import load_base
 from studio.bases.sticker import build_sticker
 from studio.data.sticker_pool import StickerPool, draw, draw_crop, to_pixels
 from studio.errors import PresetError
-from studio.fit import Group
+from studio.fit import Group, Task
 from studio.keyed import torch_generator
 from studio.method import Method, register
 from studio.preset import Preset
@@ -63,7 +63,7 @@ class Scratch(Method):
         return (AutoencoderTask if self.train == "autoencoder" else DenoiserTask)(self, base, preset, run)
 
 
-class _NetworkTask:
+class _NetworkTask(Task):
     """What both stages share: the networks, the data's settings, saving."""
 
     networks: tuple[str, ...]

@@ -29,7 +29,7 @@ def refuse_for_peft(deltas: Mapping[str, SiteDelta]) -> None:
 
 def _peft_fault(site: SiteDelta) -> str:
     shape = site.shape
-    if shape is None:
+    if shape is None or shape.kind in ("embedding", "norm"):
         return "is neither a linear layer nor a convolution"
     if shape.groups != 1:
         return f"is a convolution with {shape.groups} groups"

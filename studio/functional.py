@@ -1,0 +1,38 @@
+"""A layer's own arithmetic with another weight in its place: how terms go through convolutions and embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from studio.patch import LayerCall, LayerShape
+
+CONVOLUTIONS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+
+
+def convolve(shape: LayerShape, x: Tensor, weight: Tensor) -> Tensor:
+    """What a convolution of this shape makes of x with another weight and no bias: its stride, padding, dilation, groups.
+
+    The weight has the layer's kernel; its channels, and those of x, may be others.
+    """
+    padding: Any = shape.padding
+    if shape.padding_mode != "zeros":
+        x, padding = F.pad(x, _sides(shape), mode=shape.padding_mode), 0
+    return CONVOLUTIONS[shape.kind](x, weight, None, shape.stride, padding, shape.dilation, shape.groups)
+
+
+def look_up(indices: Tensor, table: Tensor, call: LayerCall) -> Tensor:
+    """The rows of another table than the embedding's own; as there, the row for padding gets no gradient."""
+    return F.embedding(indices, table, padding_idx=getattr(call.layer, "padding_idx", None))
+
+
+def _sides(shape: LayerShape) -> list[int]:
+    """Padding as `F.pad` takes it: before and after, last axis first; "same" puts the odd one after, as torch does."""
+    if shape.padding == "same":
+        totals = [step * (size - 1) for step, size in zip(shape.dilation, shape.kernel, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    if isinstance(shape.padding, str):  # "valid"
+        return [0, 0] * len(shape.kernel)
+    return [side for size in reversed(shape.padding) for side in (size, size)]
