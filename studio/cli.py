@@ -56,11 +56,15 @@ def train(
     if resume:
         if run is None:
             raise RequestError("--resume needs the folder of the run", "add --run FOLDER; 'studio runs' lists them")
-        training = plan_resume(run)
+        with CountProgress("looking through pictures", 0) as looking:
+            training = plan_resume(run, looking.show)
     else:
         if not preset:
             raise RequestError("train needs a preset", "for example --preset subject; 'studio presets' lists them")
-        training = plan(Order(preset, data, base, method, name, run, tuple(settings or ()), steps, seed))
+        with CountProgress("looking through pictures", 0) as looking:
+            training = plan(
+                Order(preset, data, base, method, name, run, tuple(settings or ()), steps, seed), looking.show
+            )
     if training.accelerator.is_main_process:
         _announce(training)
         _follow(training, as_json)

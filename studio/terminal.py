@@ -150,9 +150,11 @@ class CountProgress:
             self.bar.start()
             self.task = self.bar.add_task(what, total=total)
 
-    def show(self, done: int) -> None:
+    def show(self, done: int, total: int | None = None) -> None:
+        """`total` is for what is only counted on the way."""
+        self.total = total or self.total
         if self.bar:
-            self.bar.update(self.task, completed=done)
+            self.bar.update(self.task, completed=done, total=self.total)
         elif time.monotonic() - self.last_line > LINE_EVERY_SECONDS:
             self.last_line = time.monotonic()
             say(f"{self.what} {done}/{self.total}")

@@ -35,6 +35,8 @@ from studio.report import write_report
 from studio.run import Event, Run
 from studio.samples import before_after
 
+Looking = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class Order:
@@ -191,8 +193,11 @@ class Training:
         return exports
 
 
-def plan(order: Order) -> Training:
-    """Checks a request and makes it ready to run. Raises RequestError; writes nothing."""
+def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
+    """Checks a request and makes it ready to run. Raises RequestError; writes nothing.
+
+    `looking` is told (done, total) while the pictures are looked through.
+    """
     preset, changes = resolve(order)
     accelerator = _accelerator(preset)
     if order.name is not None:
@@ -210,7 +215,7 @@ def plan(order: Order) -> Training:
         return Training(preset, changes, base.to(accelerator.device), _run(run_folder, name), name, accelerator)
     base = load_base(preset.base).to(accelerator.device)
     base.notes.append(base.choose_attention())
-    pictures, trigger = _scan(preset, base, order.name)
+    pictures, trigger = _scan(preset, base, order.name, looking)
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
     name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
     preset = _with_rate(_settled(preset, base, pictures, trigger), changes)
@@ -240,7 +245,7 @@ def _concept(pictures: PictureSet, trigger: str) -> str:
     return f"{pictures.fingerprint}:{trigger}"
 
 
-def plan_resume(folder: Path) -> Training:
+def plan_resume(folder: Path, looking: Looking = lambda done, total: None) -> Training:
     """The plan of a run that was stopped or killed, from its own preset."""
     run = Run(folder)
     if not run.preset_path.exists():
@@ -258,12 +263,12 @@ def plan_resume(folder: Path) -> Training:
         base = preset.method.base(preset).to(accelerator.device)
         return Training(preset, [], base, run, name, accelerator, resume=True)
     base = load_base(preset.base).to(accelerator.device)
-    pictures, trigger = _scan(preset, base, None)
+    pictures, trigger = _scan(preset, base, None, looking)
     card = _card(preset, base, pictures, trigger)
     return Training(preset, [], base, run, name, accelerator, card, pictures, resume=True)
 
 
-def _scan(preset: Preset, base: Any, name: str | None) -> tuple[PictureSet, str]:
+def _scan(preset: Preset, base: Any, name: str | None, looking: Looking) -> tuple[PictureSet, str]:
     """The pictures with their captions, and the trigger word that is in them."""
     if preset.data.path is None:
         raise PresetError("there is nothing to train on", "give a folder of pictures with --data")
@@ -272,7 +277,7 @@ def _scan(preset: Preset, base: Any, name: str | None) -> tuple[PictureSet, str]
 
     trigger = preset.data.trigger or "".join(letter for letter in (name or "").lower() if letter.isalnum())
     fill = {"trigger": trigger or "{trigger}", "class": preset.data.class_word}
-    found = scan(folder, preset.data, fill, resolution, base.size_multiple)
+    found = scan(folder, preset.data, fill, resolution, base.size_multiple, looking)
     if trigger:
         return found, trigger
     trigger = fresh_trigger(found.fingerprint)  # known only now, so the captions still have its place holder

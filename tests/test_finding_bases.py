@@ -236,6 +236,16 @@ def test_empty_and_missing_weights_are_refused(copied):
     refused(copied, "text_encoder", "no weights")
 
 
+def test_weights_that_lack_a_tensor_are_refused(copied):
+    for part, file in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
+        path = copied / part / f"{file}.safetensors"
+        whole = path.read_bytes()
+        tensors = load_file(path)
+        save_file(dict(list(tensors.items())[1:]), path, {"format": "pt"})
+        refused(copied, part, "")
+        path.write_bytes(whole)
+
+
 def test_missing_shard_is_refused(copied):
     part = copied / "unet"
     (part / "diffusion_pytorch_model.safetensors").rename(part / "diffusion_pytorch_model-00001-of-00002.safetensors")

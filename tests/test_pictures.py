@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from studio.data import listing as listing_module
 from studio.data.buckets import bucket_table, crop_box, kept_fraction, nearest_bucket, square
@@ -125,6 +125,30 @@ def test_what_is_transparent_becomes_white(tmp_path):
         assert near(colour(pixels, 0.2, 0.5), left, 1)
         assert near(colour(pixels, 0.8, 0.5), (255, 255, 255), 1)
     assert np.asarray(decode(tmp_path / "a.png"))[63, 63].tolist() == [127, 127, 127]
+
+
+def test_a_colour_profile_is_followed(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red, blue = (profile.index(tag) for tag in (b"rXYZ", b"bXYZ"))  # entries of the tag table: name, offset, size
+    swapped = bytearray(profile)
+    swapped[red + 4 : red + 12], swapped[blue + 4 : blue + 12] = (
+        profile[blue + 4 : blue + 12],
+        profile[red + 4 : red + 12],
+    )
+    picture = Image.new("RGB", (64, 64), (200, 30, 30))
+    save(tmp_path / "a.png", picture, icc_profile=profile)
+    save(tmp_path / "b.png", picture, icc_profile=bytes(swapped))
+    save(tmp_path / "c.png", picture, icc_profile=b"no profile at all")
+    for found, wanted in zip(look(tmp_path).pictures, [(200, 30, 30), (30, 30, 200), (200, 30, 30)], strict=True):
+        assert near(colour(load_pixels(found), 0.5, 0.5), wanted, 2)
+
+
+def test_of_an_animation_the_first_frame_is_used_and_told(tmp_path):
+    frames = [Image.new("RGB", (64, 64), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    found = look(tmp_path)
+    assert near(colour(load_pixels(found.pictures[0]), 0.5, 0.5), (255, 0, 0), 2)
+    assert any("animated" in text and "'a.webp'" in text for text in found.report.warnings)
 
 
 def test_every_mode_becomes_rgb(tmp_path):

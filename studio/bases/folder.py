@@ -147,6 +147,33 @@ def _check_network(part: Path) -> bool:
     return bool(_HALF.fullmatch(files[0]))
 
 
+def refuse_random_parts(path: Path, networks: dict[str, Any]) -> None:
+    """Raises BaseError if a network has weights that its files lack: transformers would leave them random, silently."""
+    from safetensors import safe_open
+
+    for part, network in networks.items():
+        folder = path / part
+        if not folder.is_dir():
+            continue
+        stored: set[str] = set()
+        for name in choose_weights([file.name for file in folder.iterdir()], prefer_half=False):
+            with safe_open(folder / name, framework="pt") as file:
+                stored |= {_level_less(key) for key in file.keys()}  # noqa: SIM118
+        state = network.state_dict()
+        held = {value.data_ptr() for key, value in state.items() if _level_less(key) in stored}
+        absent = [k for k, v in state.items() if _level_less(k) not in stored and v.data_ptr() not in held]
+        if absent:
+            raise BaseError(
+                f"'{folder}' is not complete: its files lack {len(absent)} tensors, first '{absent[0]}'",
+                "copy or download it again",
+            )
+
+
+def _level_less(key: str) -> str:
+    """A tensor's name without the level `text_model`, which transformers 5 dropped."""
+    return key.removeprefix("text_model.")
+
+
 def _check_shards(part: Path, files: list[str]) -> None:
     counts = {int(match[1]) for name in files if (match := re.search(r"-of-(\d{5})\.", name))}
     if counts and len(files) != max(counts):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.base import Base, Request
-from studio.bases.folder import LEFT_OUT, absent_parts
+from studio.bases.folder import LEFT_OUT, absent_parts, refuse_random_parts
 from studio.errors import BaseError, RequestError
 from studio.objective import Diffusion, FlowMatching, Objective
 
@@ -33,6 +33,7 @@ class LatentDiffusion(Base):
         pipe = _pipeline(cls.pipeline_class).from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant, **left_out
         )
+        refuse_random_parts(folder, {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)})
         return cls.at_rest(name, pipe, licence)
 
     @classmethod

@@ -1,12 +1,14 @@
-"""A picture file as RGB: turned as its EXIF data say, alpha on a plain ground, or a reason why it cannot be used."""
+"""A picture file as sRGB: turned as its EXIF data say, alpha on a plain ground, or a reason why it cannot be used."""
 
 from __future__ import annotations
 
+import io
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST = 100_000_000  # pixels; beyond it a picture is refused from its header alone
@@ -29,7 +31,10 @@ class Unusable(Exception):
 
 
 def decode(path: Path, ground: str = "white") -> Image.Image:
-    """The whole picture in mode RGB, what is transparent over `ground`. Raises Unusable; never writes."""
+    """The whole picture in sRGB, what is transparent over `ground`. Raises Unusable; never writes.
+
+    Of an animation it is the first frame.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own remarks on odd files; what matters is raised below
@@ -67,9 +72,34 @@ def _as_rgb(image: Image.Image, ground: str) -> Image.Image:
     if image.has_transparency_data:
         clear = image if image.mode == "RGBA" else image.convert("RGBA")
         canvas = Image.new("RGB", image.size, ground)
-        canvas.paste(clear, mask=clear.getchannel("A"))
+        canvas.paste(_in_srgb(clear.convert("RGB"), image), mask=clear.getchannel("A"))
         return canvas
+    return _in_srgb(image, image)
+
+
+def _in_srgb(image: Image.Image, source: Image.Image) -> Image.Image:
+    """In RGB by the colour profile of `source`; as it is where that is absent, damaged or of another mode."""
+    profile = source.info.get("icc_profile")
+    if profile:
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, own, _srgb(), outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass
     return image.convert("RGB")
+
+
+@lru_cache(maxsize=1)
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def frames_of(path: Path) -> int:
+    """How many frames a picture file that `decode` accepts has; 1 but for animations."""
+    with Image.open(path, formats=FORMATS) as image:
+        return int(getattr(image, "n_frames", 1))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from studio.data import remarks
 from studio.data.buckets import Size, bucket_table, nearest_bucket, square
 from studio.data.captions import Captions
-from studio.data.decode import Unusable, decode
+from studio.data.decode import Unusable, decode, frames_of
 from studio.data.listing import Listing, list_folder
 from studio.data.masks import Masks
 from studio.data.picture import Picture, load_mask, load_pixels
@@ -106,6 +106,7 @@ def scan(
         *captions.warnings,
         *remarks.on_captions(usable, captioned, captions.template, fill.get("trigger", "")),
         *remarks.on_pictures(kept),
+        *remarks.on_animations([picture for picture in usable if frames_of(picture.path) > 1]),
     ]
     buckets = dict(sorted(Counter(picture.bucket for picture in kept).items()))
     names, held_out_names = [p.name for p in kept], [p.name for p in held_out]

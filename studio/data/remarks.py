@@ -65,6 +65,10 @@ def on_pictures(pictures: list[Picture]) -> list[str]:
     return found
 
 
+def on_animations(pictures: list[Picture]) -> list[str]:
+    return [f"animated, and only the first frame is used: {_names(pictures)}"] if pictures else []
+
+
 def _is_cut(picture: Picture) -> bool:
     ratio = picture.width / picture.height
     return max(ratio, 1 / ratio) > WIDEST or kept_fraction(picture.size, picture.bucket) < LEAST_KEPT
