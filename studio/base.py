@@ -41,6 +41,8 @@ class Request:
     width: int | None = None
     height: int | None = None
     on_step: Callable[[int, int], None] | None = None
+    on_preview: Callable[[Any], None] | None = None  # gets `previews` intermediate pictures
+    previews: int = 5
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Base(ABC):
     licence: str = ""
     attention: str = "sdpa"
     notes: list[str] = field(default_factory=list)
+    prompts: tuple[str, ...] = ()  # things that it is known to draw
 
     family: ClassVar[str]
     medium: ClassVar[str] = "image"

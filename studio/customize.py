@@ -25,15 +25,17 @@ from studio.data.pictures import Picture, PictureSet, load_mask, load_pixels
 from studio.data.sticker_pool import to_pixels
 from studio.errors import WorkError
 from studio.fit import Group, Task
+from studio.inputs import base_inputs
 from studio.keyed import torch_generator
 from studio.method import PatchMethod
 from studio.patch import Patch
 from studio.preset import Preset
 from studio.run import Event, Run
 from studio.samples import save_picture
-from studio.words import WordAttachment, fresh_words
+from studio.words import PAIR, WordAttachment, fresh_words, layerwise_words
 
 VALIDATION_DRAWS = 8  # noises and times per held-out picture
+PRIOR_BATCH = 8  # class pictures drawn at a time
 
 
 @dataclass
@@ -65,8 +67,11 @@ class AdapterTask(Task):
         self.cache = cache
         self.sites = base.select(method.target_modules, method.kinds)
         layers = {name: site.module for name, site in self.sites.items()}
-        self.adapter = new_adapter(card, layers)
-        if preset.learned_words:
+        self.adapter = new_adapter(card, layers, base_inputs(base, self.sites, cache) if method.needs_inputs else {})
+        if preset.learned_words_layerwise:
+            vectors = preset.learned_words or PAIR
+            self.adapter.words = layerwise_words(base, card.trigger, card.class_word, vectors, preset.seed)
+        elif preset.learned_words:
             self.adapter.words = fresh_words(base, card.trigger, card.class_word, preset.learned_words, preset.seed)
         self.encodes_in_loop = bool(self.adapter.words) or any(
             site.component in base.text_encoder_names for site in self.sites.values()
@@ -128,22 +133,28 @@ class AdapterTask(Task):
         return self.cache.get(self._key("caption", caption, bucket), compute)
 
     def _draw_prior(self) -> Iterator[Event]:
-        prior, fill = self.preset.data.prior, self._fill
-        prompts = [fill(prompt) for prompt in prior.prompts]
-        side = self.preset.data.resolution or self.base.resolution
-        for number in range(prior.pictures):
-            yield Event("progress", 0, {"what": "drawing class pictures", "done": number, "total": prior.pictures})
-            prompt = prompts[number % len(prompts)]
+        """The class pictures, a batch at a time: a picture depends a little, by rounding, on its batch."""
+        prior, side = self.preset.data.prior, self.preset.data.resolution or self.base.resolution
+        prompts = self._prior_prompts()
+        for first in range(0, prior.pictures, PRIOR_BATCH):
+            yield Event("progress", 0, {"what": "drawing class pictures", "done": first, "total": prior.pictures})
+            seeds = range(first, min(first + PRIOR_BATCH, prior.pictures))
+            asked = [prompts[seed % len(prompts)] for seed in seeds]
+            request = Request(asked, seeds, steps=prior.steps, width=side, height=side)
 
-            def compute(prompt: str = prompt, number: int = number) -> dict[str, Tensor]:
-                request = Request([prompt], [number], steps=self.preset.sample_steps, width=side, height=side)
+            def compute(request: Request = request) -> dict[str, Tensor]:
                 with torch.no_grad():
-                    pixels = to_pixels(self.base.generate(request))
+                    pixels = to_pixels(self.base.generate_batch(request))
                     return {"latents": self.base.encode_pictures(pixels).float().cpu()}
 
-            key = self._key("prior", prompt, number, side, self.preset.sample_steps)
-            latents = list(self.cache.get(key, compute)["latents"])
-            self.examples.append(Example(f"class picture {number}", latents, prompt, (side, side), prior.weight))
+            found = self.cache.get(self._key("prior", asked, first, side, prior.steps), compute)["latents"]
+            for seed, prompt, latents in zip(seeds, asked, found, strict=True):
+                self.examples.append(Example(f"class picture {seed}", [latents], prompt, (side, side), prior.weight))
+
+    def _prior_prompts(self) -> list[str]:
+        """What the class pictures show: the preset's prompts, else the base's own, else the class."""
+        prompts = self.preset.data.prior.prompts or self.base.prompts or ("a {class}",)
+        return [self._fill(prompt) for prompt in prompts]
 
     def _fill(self, text: str) -> str:
         return text.replace("{trigger}", self.adapter.card.trigger).replace("{class}", self.adapter.card.class_word)

@@ -27,7 +27,10 @@ class Prior(_Settings):
 
     pictures: int = Field(0, ge=0, le=10_000, description="How many class pictures the base draws. 0 turns it off.")
     weight: float = Field(1.0, ge=0, description="Weight of their loss against that of the subject's pictures.")
-    prompts: tuple[str, ...] = Field((), description="What to draw; {class} is the class word. Used in turn.")
+    prompts: tuple[str, ...] = Field(
+        (), description="What to draw, in turn; {class} is the class word. Default: what the base is known to draw."
+    )
+    steps: int | None = Field(None, ge=1, description="Sampling steps of these pictures. Default: the base's own.")
 
 
 class Data(_Settings):
@@ -120,6 +123,11 @@ class Preset(Schedule):
         "sharper the larger; 1000 is usual. Costs a second forward pass.",
     )
     learned_words: int = Field(0, ge=0, le=32, description="Train this many vectors for the trigger word itself.")
+    learned_words_layerwise: bool = Field(
+        False,
+        description="Give each cross-attention layer vectors of its own for the trigger word (P+, ED-LoRA): by default "
+        "a pair that starts as a random vector and the class word's. Stable Diffusion 1 and 2 only; no export.",
+    )
     learned_words_lr: float = Field(5e-3, gt=0, description="Learning rate of the learned words.")
     sample_prompts: tuple[str, ...] = Field(("{trigger}",), description="What to draw during training.")
     sample_steps: int | None = Field(None, ge=1, description="Sampling steps of those pictures.")

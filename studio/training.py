@@ -215,12 +215,44 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
         return Training(preset, changes, base.to(accelerator.device), _run(run_folder, name), name, accelerator)
     base = load_base(preset.base).to(accelerator.device)
     base.notes.append(base.choose_attention())
+    preset = _exportable(preset, order.method is not None, changes)
+    _refuse_prior_of_nothing(preset, base)
     pictures, trigger = _scan(preset, base, order.name, looking)
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
     name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
     preset = _with_rate(_settled(preset, base, pictures, trigger), changes)
     card = _card(preset, base, pictures, trigger)
     return Training(preset, changes, base, _run(run_folder, name), name, accelerator, card, pictures)
+
+
+LORA_FORMATS = ("diffusers", "kohya")
+
+
+def _exportable(preset: Preset, chosen: bool, changes: list[str]) -> Preset:
+    """The preset without the exports that its method has no form for, if the user chose another method for it.
+
+    Raises PresetError where the preset itself asks for what cannot be.
+    """
+    assert isinstance(preset.method, PatchMethod)
+    lost = [to for to in preset.export if to in LORA_FORMATS]
+    if preset.method.has_low_rank_form or not lost:
+        return preset
+    if not chosen:
+        raise PresetError(
+            f"export: '{preset.method.kind}' is no LoRA exactly, so it cannot be exported to '{lost[0]}'",
+            "set export=[checkpoint] or export=[diff]; 'studio export --allow-approximate' writes the nearest LoRA",
+        )
+    changes.append(f"export: without {', '.join(lost)}: '{preset.method.kind}' is no LoRA exactly")
+    return preset.model_copy(update={"export": tuple(to for to in preset.export if to not in lost)})
+
+
+def _refuse_prior_of_nothing(preset: Preset, base: Base) -> None:
+    data = preset.data
+    if data.prior.pictures and not (data.prior.prompts or base.prompts or data.class_word):
+        raise PresetError(
+            f"data.prior.pictures={data.prior.pictures}, and nothing says what '{preset.base}' should draw",
+            "set data.class_word, for example dog, or data.prior.prompts",
+        )
 
 
 def _settled(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Preset:

@@ -216,6 +216,12 @@ def test_without_a_name_the_trigger_is_fresh_and_the_same_for_the_same_data(reci
     assert len(cards[0].trigger) == 6
 
 
+def test_a_prior_of_nothing_is_refused_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(RequestError, match="nothing says what"):
+        train(recipe, tmp_path / "run", "data.prior.pictures=3")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_never_written_over(recipe, tmp_path):
     train(recipe, tmp_path / "run", "steps=1")
     with pytest.raises(RequestError, match="already holds a run"):

@@ -17,6 +17,7 @@ from studio.errors import BaseError
 from studio.files import is_pickle
 
 INDEX = "model_index.json"
+PROMPTS = "prompts.txt"  # ours: what the base is known to draw, a prompt a line
 #: Parts of published pipelines that no family loads: a censor, and what only picture prompts need.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -100,6 +101,15 @@ def licence_in(path: Path) -> str:
         return ""
     named = facts.get("license_name") if facts.get("license") == "other" else None
     return str(named or facts.get("license") or "")
+
+
+def prompts_in(path: Path) -> tuple[str, ...]:
+    """The lines of the folder's prompts.txt, if it has one."""
+    try:
+        text = (path / PROMPTS).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _read_json(file: Path, folder: Path) -> dict[str, Any]:

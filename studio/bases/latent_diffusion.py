@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from studio.base import Base, Request
 from studio.bases.folder import LEFT_OUT, absent_parts, refuse_random_parts
 from studio.errors import BaseError, RequestError
 from studio.objective import Diffusion, FlowMatching, Objective
+from studio.samples import to_picture
 
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 
@@ -115,17 +117,18 @@ class LatentDiffusion(Base):
     # -- sampling ----------------------------------------------------------------------------------------------
 
     def generate(self, request: Request) -> list[Any]:
+        # One at a time, so that a picture does not depend on its neighbours in the batch.
+        pairs = zip(request.prompts, request.seeds, strict=True)
+        return [self.generate_batch(replace(request, prompts=[p], seeds=[s]))[0] for p, s in pairs]
+
+    @torch.no_grad()
+    def generate_batch(self, request: Request) -> list[Any]:
+        """The same pictures up to rounding, all at once: faster, and as much memory as they take together."""
         options = self._options(request)
         self.pipe.set_progress_bar_config(disable=True)
-        pictures = []
-        for prompt, seed in zip(request.prompts, request.seeds, strict=True):
-            # One at a time, so that a picture does not depend on its neighbours in the batch.
-            generator = torch.Generator("cpu").manual_seed(seed)
-            negative = request.negative or None
-            with torch.no_grad():
-                drawn = self.pipe(prompt, negative_prompt=negative, generator=generator, **options)
-            pictures += drawn.images
-        return pictures
+        negative = [request.negative] * len(request.prompts) if request.negative else None
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        return self.pipe(list(request.prompts), negative_prompt=negative, generator=generators, **options).images
 
     def _options(self, request: Request) -> dict[str, Any]:
         """What the pipeline is called with beside prompts and seed. Raises RequestError for an impossible size."""
@@ -142,9 +145,20 @@ class LatentDiffusion(Base):
             options["num_inference_steps"] = request.steps
         if request.guidance is not None:
             options["guidance_scale"] = request.guidance
-        if request.on_step is not None:
-            options["callback_on_step_end"] = _reporting(request.on_step)
+        if request.on_step is not None or request.on_preview is not None:
+            options["callback_on_step_end"] = self._reporting(request)
         return options
+
+    def _reporting(self, request: Request) -> Any:
+        def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            step, steps = index + 1, pipe.num_timesteps
+            if request.on_step is not None:
+                request.on_step(step, steps)
+            if request.on_preview is not None and step < steps and step % max(1, steps // request.previews) == 0:
+                request.on_preview(to_picture(self.decode_latents(tensors["latents"][:1])[0]))
+            return tensors
+
+        return callback
 
 
 def frozen(pipe: Any) -> Any:
@@ -180,14 +194,6 @@ def _in_safe_dtype(vae: Any) -> Iterator[Any]:
     finally:
         if overflows:
             vae.to(torch.float16)
-
-
-def _reporting(on_step: Callable[[int, int], None]) -> Any:
-    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(index + 1, pipe.num_timesteps)
-        return tensors
-
-    return callback
 
 
 def pad_tokens(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tensor:

@@ -148,7 +148,9 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype, licence: str = "") -
         )
     with _told_plainly(name):
         family = classes[checked.pipeline_class]
-        return family.from_folder(path, name, dtype, checked.licence or licence, checked.variant)
+        base = family.from_folder(path, name, dtype, checked.licence or licence, checked.variant)
+    base.prompts = folder.prompts_in(path)
+    return base
 
 
 def _from_file(path: Path, name: str, dtype: torch.dtype) -> Base:
