@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from studio.api import attach, export, generate, load_base, train
+    from studio.api import attach, export, generate, load_base, merge, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach", "export", "generate", "load_base", "train"]
+__all__ = ["__version__", "attach", "export", "generate", "load_base", "merge", "train"]
 
 
 def __getattr__(name: str) -> Any:

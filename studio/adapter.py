@@ -26,6 +26,7 @@ from studio.patch import LayerShape, Patch
 FORMAT_VERSION = 1
 HEADER_KEY = "studio_card"
 TOKENS = "tokens"
+SKETCHES = ("sketch", "base_sketch")  # terms that are no patch: second moments of a site's inputs
 
 
 class BaseIdentity(BaseModel):
@@ -61,11 +62,15 @@ class Card(BaseModel):
 
 @dataclass
 class Adapter:
-    """Patches by site name and term, learned words by text encoder and word, and the card."""
+    """Patches by site name and term, learned words by text encoder and word, and the card.
+
+    `sketches` holds what merging knows of the sites' inputs, by full name, `<site>.sketch.<tensor>`.
+    """
 
     card: Card
     patches: dict[str, dict[str, Patch]]
     words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sketches: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -89,7 +94,7 @@ class Adapter:
                 found |= {f"{site}.{term}.{name}": value for name, value in patch.state_dict().items()}
         for encoder, words in self.words.items():
             found |= {f"{encoder}.{TOKENS}.{word}": value.detach() for word, value in words.items()}
-        return found
+        return found | self.sketches
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies values into the patches and words. Raises AdapterError if names or shapes differ."""
@@ -153,7 +158,8 @@ def adapter_from(card: Card, tensors: Mapping[str, Tensor]) -> Adapter:
         name: {term: method.stored(name, shape, origin, own) for term, own in terms.get(name, {"main": {}}).items()}
         for name, shape in card.sites.items()
     }
-    adapter = Adapter(card, patches)
+    sketches = {name: torch.empty_like(t) for name, t in tensors.items() if _is_sketch(name)}
+    adapter = Adapter(card, patches, sketches=sketches)
     for name, value in tensors.items():
         encoder, _, word = name.partition(f".{TOKENS}.")
         if word and encoder not in adapter.patches:
@@ -162,12 +168,16 @@ def adapter_from(card: Card, tensors: Mapping[str, Tensor]) -> Adapter:
     return adapter
 
 
+def _is_sketch(name: str) -> bool:
+    return name.count(".") >= 2 and name.rsplit(".", 2)[1] in SKETCHES
+
+
 def _by_site_and_term(card: Card, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
     """`<site>.<term>.<tensor>` taken apart. A site's name has dots, a term's and a tensor's have none."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, value in tensors.items():
         site, term, tensor = name.rsplit(".", 2) if name.count(".") >= 2 else ("", "", "")
-        if site in card.sites:
+        if site in card.sites and term not in SKETCHES:
             found.setdefault(site, {}).setdefault(term, {})[tensor] = value
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from studio.bases.registry import load_base
 from studio.generation import Use, parse_use, wearing
 from studio.run import Event
 
-__all__ = ["attach", "export", "generate", "load_base", "train"]
+__all__ = ["attach", "export", "generate", "load_base", "merge", "train"]
 
 
 def train(preset: str, **request: Any) -> Iterator[Event]:
@@ -46,3 +46,15 @@ def export(adapter: str | Adapter, to: str, out: str | Path, **options: Any) -> 
 
     use = Use("adapter", adapter) if isinstance(adapter, Adapter) else parse_use(adapter)
     return export_adapter(use.adapter, load_base(use.base), to, Path(out), **options)
+
+
+def merge(adapters: Mapping[str, float | dict[str, Any]] | Sequence[str], strategy: str = "auto", **recipe: Any) -> Any:
+    """A merge, checked and not yet computed: `.save(path)` writes it, `.adapter()` gives it, `.report` tells of it.
+
+    `adapters` maps names, files or PEFT folders to weights, or to `{"weight": ..., "blocks": {...}}`; further keywords
+    are fields of `studio.merging.Recipe`. Raises RequestError.
+    """
+    from studio.merging import Merger, make_plan, make_recipe
+
+    given = dict(adapters) if isinstance(adapters, Mapping) else list(adapters)
+    return Merger(make_plan(make_recipe({"adapters": given, "strategy": strategy, **recipe})))

@@ -64,7 +64,11 @@ class _PatchedForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.fired = True
         call = LayerCall(self.layer, args, kwargs)
-        terms = [(patch, attachment.weight) for patch, attachment in self.terms if not _is(attachment.weight, 0.0)]
+        terms = [
+            (patch, attachment.weight)
+            for patch, attachment in self.terms
+            if not isinstance(patch, InPlace) and not _is(attachment.weight, 0.0)
+        ]
         shifted = x
         for patch, weight in terms:
             u = patch.input_term(_as_patch_dtype(x, patch), call)
@@ -93,8 +97,19 @@ class _PatchedForward:
             self.journal.rewrite(terms)
 
 
+def _journal(layer: nn.Module) -> Journal:
+    forward = layer.__dict__.get("forward")
+    return forward.journal if isinstance(forward, _PatchedForward) else Journal(layer)
+
+
 def _is(weight: float | Tensor, value: float) -> bool:
     return not isinstance(weight, Tensor) and weight == value
+
+
+def _on(patch: Patch, device: torch.device) -> Patch:
+    """Fake tensors cannot be moved, and `Module.to` looks at every tensor at length."""
+    there = all(tensor.device == device for tensor in (*patch.parameters(), *patch.buffers()))
+    return patch if there else patch.to(device)
 
 
 def _as_patch_dtype(x: Tensor, patch: Patch) -> Tensor:
@@ -164,7 +179,8 @@ def attach(
 ) -> Attachment:
     """Puts patches, keyed by site name, on a model's layers; with `train`, so that in-place patches learn too.
 
-    Raises AdapterError if a site does not exist or has another shape; then nothing is attached.
+    Raises AdapterError if a site does not exist, has another shape, or other values than an in-place patch was made
+    for; then nothing is attached.
     """
     for name, site_patches in patches.items():
         if name not in sites:
@@ -176,6 +192,8 @@ def attach(
                     f"site '{name}' has a weight of shape {sites[name].shape.weight} in this base, "
                     f"and the adapter was made for {shape.weight}"
                 )
+            if isinstance(patch, InPlace):
+                patch.check(name, _journal(sites[name].module).original)
     forwards: list[_PatchedForward] = []
     attachment = Attachment(forwards, weight)
     for name, site_patches in patches.items():
@@ -184,7 +202,7 @@ def attach(
         if not isinstance(forward, _PatchedForward):
             forward = _PatchedForward(layer)
         device = next(layer.parameters()).device
-        forward.terms.extend((patch.to(device), attachment) for patch in site_patches)
+        forward.terms.extend((_on(patch, device), attachment) for patch in site_patches)
         forwards.append(forward)
     attachment.refresh()
     if train:

@@ -8,6 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from studio.commands.bench import bench
+from studio.commands.compare import compare
+from studio.commands.evaluate import evaluate
+from studio.commands.merge import merge
+from studio.commands.ui import ui
 from studio.errors import RequestError, StudioError
 from studio.terminal import (
     CountProgress,
@@ -237,6 +242,9 @@ def export(
     out.print(f"{facts['status']}: {facts['format']} in {out_path}", soft_wrap=True, markup=False)
 
 
+app.command()(merge)
+
+
 @app.command()
 def inspect(files: Annotated[list[str], typer.Argument(metavar="FILE...")], as_json: Json = False) -> None:
     """What an adapter is: method, base, layers, size, strength. Example: studio inspect my-cat"""
@@ -277,6 +285,12 @@ def check(
                 out.print(f"{key}: {line}", soft_wrap=True, markup=False)
         else:
             out.print(f"{key}: {value}", soft_wrap=True, markup=False)
+
+
+app.command()(evaluate)
+app.command()(compare)
+app.command()(bench)
+app.command()(ui)
 
 
 @app.command()

@@ -85,7 +85,7 @@ def merged_words(uses: Sequence[Use]) -> dict[str, dict]:
 
 def missing_triggers(prompt: str, uses: Sequence[Use]) -> list[str]:
     """A line for each adapter that the prompt does not call by its word."""
-    words = [(use.name, use.adapter.card.trigger) for use in uses]
+    words = [(use.name, word) for use in uses for word in use.adapter.card.trigger.split(", ")]  # a merge has several
     return [
         f"the prompt does not have '{word}', the trigger word of '{name}'"
         for name, word in words

@@ -25,13 +25,17 @@ from torch import Tensor, nn
 
 from studio.attachment import Site
 from studio.base import Base, Request
+from studio.data.cache import Cache
 from studio.errors import AdapterError, WorkError
+from studio.functional import sides
 from studio.patch import LayerShape
 
 PATCHES_UP_TO = 1152  # 128 channels of a 3 x 3 convolution, 5 MiB a matrix
 KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 
-#: What a base draws where nothing else is asked for: common things in common settings, known to any base.
+#: Names what `base_inputs` draws. Adapters trained apart rely on equal matrices, so another recipe needs another name.
+RECIPE = "generic-1"
+#: Common things in common settings, which most bases know.
 GENERIC_PROMPTS = (
     *("a dog", "a cat, on a blue background", "a red car", "a tree", "a house at the bottom", "a bird at the top"),
     *("a large fish", "a small boat on the left", "an apple, on a green background", "a person", "a flower", ""),
@@ -65,21 +69,11 @@ def input_vectors(x: Tensor, shape: LayerShape) -> Tensor:
 def _patches(x: Tensor, shape: LayerShape) -> Tensor:
     """(B, I k..., places...), the patches in the layout of the flattened weight."""
     axes = len(shape.kernel)
-    x = F.pad(x, _sides(shape), mode="constant" if shape.padding_mode == "zeros" else shape.padding_mode)
+    x = F.pad(x, sides(shape), mode="constant" if shape.padding_mode == "zeros" else shape.padding_mode)
     for axis, (size, stride, step) in enumerate(zip(shape.kernel, shape.stride, shape.dilation, strict=True)):
         x = x.unfold(2 + axis, (size - 1) * step + 1, stride)[..., ::step]
     x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
     return x.reshape(x.shape[0], -1, *x.shape[2 + axes :])
-
-
-def _sides(shape: LayerShape) -> list[int]:
-    """Padding before and after each axis, last axis first, as `F.pad` takes it."""
-    if shape.padding == "valid":
-        return [0] * (2 * len(shape.kernel))
-    if shape.padding == "same":
-        totals = [(size - 1) * step for size, step in zip(shape.kernel, shape.dilation, strict=True)]
-        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    return [side for size in reversed(shape.padding) for side in (int(size), int(size))]
 
 
 # -- recording -----------------------------------------------------------------------------------------------------
@@ -139,7 +133,7 @@ class _Recorder:
     def __init__(self, sites: Mapping[str, Site], share: bool) -> None:
         self.sites, self.share = sites, share
         self.leader: dict[str, str] = {}  # site -> the site that has the same input and was reached first
-        self.latest: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # leader -> its latest input and that's version
+        self.latest: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # leader -> its latest input and the state of it
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.hooks = [
@@ -152,20 +146,17 @@ class _Recorder:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._see(name, (args[0] if args else kwargs["input"]).detach())
-
-        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._look(name, args[0] if args else kwargs["input"])
 
-        return look if self.share else hook
+        return hook
 
     def _look(self, name: str, x: Tensor) -> None:
-        leader = self.leader.get(name)
-        if leader is None:
-            leader = self.leader[name] = self._find_leader(name, x)
+        if name not in self.leader:
+            self.leader[name] = self._find_leader(name, x) if self.share else name
+        leader = self.leader[name]
         if leader == name:
             self.latest[name] = (weakref.ref(x), x._version)
-            self._see(name, x.detach())
+            self._add(name, x.detach())
         elif not self._is_latest(leader, x):
             raise _InputsDiffer
 
@@ -178,8 +169,7 @@ class _Recorder:
         seen, version = self.latest[leader]
         return seen() is x and x._version == version
 
-    def _see(self, name: str, x: Tensor) -> None:
-        self.leader.setdefault(name, name)
+    def _add(self, name: str, x: Tensor) -> None:
         rows = input_vectors(x, self.sites[name].shape).float()
         moment = (rows.T @ rows).double()  # fp32 within one call, fp64 over the calls
         self.sums[name] = self.sums[name].add_(moment) if name in self.sums else moment
@@ -203,6 +193,23 @@ def _geometry(shape: LayerShape) -> tuple[Any, ...]:
         return ("linear",)
     kernel = shape.kernel if gram_width(shape) > shape.in_features else ()
     return (shape.in_features, kernel, shape.stride, shape.padding, shape.dilation, shape.padding_mode)
+
+
+def base_inputs(base: Base, sites: Mapping[str, Site], cache: Cache) -> dict[str, Tensor]:
+    """The second moments (I, I) of the sites' inputs on the base alone, by RECIPE; kept in the cache, each once."""
+
+    def compute() -> dict[str, Tensor]:
+        grams = record_inputs(base, sites)
+        distinct = {id(gram): gram.matrix for gram in grams.values()}
+        places = {key: place for place, key in enumerate(distinct)}
+        index = torch.tensor([places[id(gram)] for gram in grams.values()])
+        return {"index": index, **{str(place): matrix for place, matrix in enumerate(distinct.values())}}
+
+    identity = base.identity()
+    names = [name for name, site in sites.items() if site.shape.kind in KINDS]
+    key = "|".join(("inputs", identity.architecture, identity.values, RECIPE, *names))
+    found = cache.get(key, compute)
+    return {name: found[str(int(place))] for name, place in zip(names, found["index"], strict=True)}
 
 
 # -- directions ----------------------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ class Sketch:
         except KeyError as missing:
             raise AdapterError(f"a sketch of inputs has no '{missing.args[0]}'") from None
         fits = basis.ndim == 2 and energies.shape == basis.shape[1:] and residual.numel() == 1
-        if not fits or energies.min(initial=0) < 0 if False else not fits:
+        if not fits:
             raise AdapterError(f"a sketch of inputs has shapes that do not fit: {tuple(basis.shape)} for its basis")
         return cls(basis, energies, residual.reshape(()))
 
@@ -276,12 +283,6 @@ def sketch(gram: Gram | Tensor, rank: int) -> Sketch:
     rest = len(energies) - kept
     residual = (energies[:rest].clamp(min=0).sum() / rest) if rest else torch.zeros((), dtype=torch.float64)
     return Sketch(directions.flip(1)[:, :kept].float(), largest.float(), residual.float())
-
-
-def add_sketches(adapter_tensors: Mapping[str, Tensor], sketches: Mapping[str, Sketch]) -> dict[str, Tensor]:
-    """An adapter file's tensors with the sketches of its sites, `<site>.sketch.<name>`."""
-    added = {f"{site}.sketch.{name}": value for site, s in sketches.items() for name, value in s.tensors().items()}
-    return {**adapter_tensors, **added}
 
 
 def sketches_in(tensors: Mapping[str, Tensor]) -> dict[str, Sketch]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from studio import library
 from studio.adapter import Adapter, load_adapter
-from studio.patch import Delta
+from studio.deltas.patches import change_of
+from studio.method import PatchMethod
+from studio.patch import Delta, InPlace
 from studio.run import Run
 
 
@@ -30,6 +30,7 @@ def describe_adapter(name: str) -> dict[str, Any]:
         "seed": card.seed,
         "licence": card.base.licence,
         "library": card.library_version,
+        "exports": _exports(adapter),
         "components": _components(adapter),
     }
 
@@ -53,16 +54,27 @@ def _components(adapter: Adapter) -> list[dict[str, Any]]:
     return rows
 
 
-def _norm(patches: list[Any]) -> float:
-    """The Frobenius norm of the whole change; 0 means that the adapter does nothing."""
-    total = 0.0
-    for patch in patches:
-        factors = patch.low_rank() if isinstance(patch, Delta) else None
-        if factors is not None:
-            down, up = (factor.flatten(1).double() for factor in factors)
-            # |U D|^2 = trace((U^T U)(D D^T)): no dense delta is built.
-            total += float(torch.sum((up.T @ up) * (down @ down.T)))
-    return round(max(total, 0.0) ** 0.5, 6)
+def _norm(patches: list[Any]) -> float | None:
+    """The Frobenius norm of the whole change; 0 means that it does nothing, None that only the base could tell."""
+    if any(
+        not isinstance(patch, Delta) or (patch.depends_on_weight and not isinstance(patch, InPlace))
+        for patch in patches
+    ):
+        return None
+    changes = [change_of(patch) for patch in patches]
+    return round(sum(change.norm() ** 2 for change in changes if change is not None) ** 0.5, 6)
+
+
+def _exports(adapter: Adapter) -> str:
+    """How exactly each format holds the adapter; `studio export` proves it."""
+    patches = [patch for terms in adapter.patches.values() for patch in terms.values()]
+    if not all(isinstance(patch, Delta) for patch in patches):
+        return "none: it adds modules"
+    method = adapter.method
+    thin = isinstance(method, PatchMethod) and method.has_low_rank_form
+    thin = thin and all(isinstance(p, Delta) and (p.depends_on_weight or p.low_rank() is not None) for p in patches)
+    lora = "exact" if thin else "approximate on request"
+    return f"diffusers, kohya: {lora}; diff, checkpoint: exact"
 
 
 def describe_run(folder: Path) -> dict[str, Any]:

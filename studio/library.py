@@ -6,6 +6,7 @@ An entry is `NAME.safetensors`, beside it `NAME.json` (notes, where it came from
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Entry:
 
 
 def library_dir() -> Path:
-    return studio_home() / "library"
+    return Path(os.environ.get("STUDIO_LIBRARY") or studio_home() / "library")
 
 
 def runs_dir() -> Path:

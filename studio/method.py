@@ -61,6 +61,7 @@ class PatchMethod(Method):
     """A method that adds patches to layers and leaves the base alone."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "conv2d", "conv3d")  # of layers that it serves
+    trainable: ClassVar[bool] = True  # False for a kind that only holds finished changes
 
     target_modules: tuple[str, ...] = Field(
         ("attention",),
@@ -93,6 +94,11 @@ class PatchMethod(Method):
         return self.patch(name, shape, origin)
 
     # -- a training, from plan to step -------------------------------------------------------------------------
+
+    @property
+    def has_low_rank_form(self) -> bool:
+        """Whether its change is exactly a LoRA, so that other programs can load it as one."""
+        return True
 
     @property
     def needs_inputs(self) -> bool:

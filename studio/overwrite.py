@@ -37,6 +37,17 @@ class Journal:
         writes = [(patch.writes(), _number(weight)) for patch, weight in terms]
         for name in {*self.stashes, *(name for own, _ in writes for name in own)}:
             self._rewrite(name, [(*own[name], weight) for own, weight in writes if name in own])
+        torch.clear_autocast_cache()  # it may remember a cast of the old values
+
+    def original(self, name: str, positions: Tensor) -> Tensor:
+        """The layer's own values of a parameter at sorted positions, whatever is written there now."""
+        parameter, stash = self.layer.get_parameter(name), self.stashes.get(name)
+        positions = positions.to(parameter.device)
+        values = read(parameter, positions)
+        if stash is None or not len(stash.positions):
+            return values
+        places = torch.searchsorted(stash.positions, positions).clamp(max=len(stash.positions) - 1)
+        return torch.where(stash.positions[places] == positions, stash.values[places], values)
 
     def _rewrite(self, name: str, terms: list[tuple[Tensor, Tensor, float]]) -> None:
         parameter = self.layer.get_parameter(name)

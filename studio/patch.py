@@ -116,6 +116,10 @@ class Delta(Patch):
         """
         return None
 
+    def low_rank_of(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `low_rank`, for deltas that have such a form once the layer's pristine weight is known."""
+        return self.low_rank()
+
     def bias_delta(self) -> Tensor | None:
         """What is added to the layer's bias, (O,), or None where it stays."""
         return None
@@ -136,6 +140,12 @@ class InPlace(Delta):
     def learn(self, layer: nn.Module) -> Callable[[], None]:
         """Makes the gradients of the layer's parameters reach the patch's own. Returns what undoes that."""
         raise TypeError(f"{type(self).__name__} cannot be trained")
+
+    def check(self, name: str, original: Callable[[str, Tensor], Tensor]) -> None:
+        """Raises AdapterError if the layer at site `name` is not the one that the patch was made for.
+
+        `original` gives the layer's own values, by parameter and flat positions.
+        """
 
     @torch.no_grad()
     def delta(self, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from studio.curves import loss_curve
 from studio.files import write_atomically
 from studio.inspecting import describe_adapter
 from studio.run import Run
@@ -60,52 +61,6 @@ def _outcome(last: dict[str, Any], steps: list[dict[str, Any]]) -> str:
     if kind == "failed":
         return f"Failed after {done}: {last.get('error', '')}"
     return f"{'Stopped' if kind == 'stopped' else 'Unfinished'} after {done}."
-
-
-def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    result, total, norm = [], 0.0, 0.0
-    for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result
-
-
-def loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> str:
-    """An SVG of the loss: faint as measured, strong smoothed, dots for held-out data."""
-    if not steps:
-        return "<p>No step was made.</p>"
-    width, height, left, bottom = 900, 260, 60, 30
-    xs, raw = [e["step"] for e in steps], [e["loss"] for e in steps]
-    smooth = smoothed(raw)
-    shown = sorted(raw)[: max(1, int(len(raw) * 0.98))] + [e["loss"] for e in validations]
-    low, high = min(shown), max(shown)
-    span = (high - low) or 1.0
-
-    def point(step: int, loss: float) -> str:
-        x = left + (width - left - 10) * (step - xs[0]) / max(1, xs[-1] - xs[0])
-        y = 10 + (height - bottom - 10) * (1 - (min(loss, high) - low) / span)
-        return f"{x:.1f},{y:.1f}"
-
-    stride = max(1, len(xs) // 1000)
-    lines = [
-        f"<polyline fill='none' stroke='var(--curve)' stroke-opacity='{opacity}' stroke-width='{stroke}' points='"
-        + " ".join(point(x, y) for x, y in list(zip(xs, values, strict=True))[::stride])
-        + "'/>"
-        for values, opacity, stroke in ((raw, 0.25, 1), (smooth, 1, 2))
-    ]
-    for event in validations:
-        x, y = point(event["step"], event["loss"]).split(",")
-        lines.append(f"<circle cx='{x}' cy='{y}' r='4' fill='#e07b39'/>")
-    ticks = [low, (low + high) / 2, high]
-    labels = [f"<text x='0' y='{point(xs[0], t).split(',')[1]}'>{t:.4g}</text>" for t in ticks]
-    labels += [f"<text x='{left}' y='{height - 5}'>step {xs[0]}</text>"]
-    labels += [f"<text x='{width - 10}' y='{height - 5}' text-anchor='end'>step {xs[-1]}</text>"]
-    legend = "<p>Faint: each step. Strong: smoothed." + (" Dots: held-out pictures." if validations else "") + "</p>"
-    return (
-        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='Loss over steps, from {raw[0]:.4g} to "
-        f"{smooth[-1]:.4g}'>{''.join(lines)}{''.join(labels)}</svg>{legend}"
-    )
 
 
 def _sample_grid(run: Run, samples: list[dict[str, Any]]) -> str:

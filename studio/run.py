@@ -17,6 +17,9 @@ from typing import Any
 
 from studio.errors import RequestError
 from studio.files import disk_error, write_atomically
+from studio.process import identity, is_alive
+
+OWNER = "owner"  # in control/: the process that works on the run
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class Run:
                 request.unlink()  # of an earlier process
         except OSError as error:
             raise disk_error(self.folder, error) from error
+        write_atomically(self.control / OWNER, json.dumps(identity()))
+
+    def is_live(self) -> bool:
+        """Whether the process that works on this run is still there."""
+        try:
+            return is_alive(json.loads((self.control / OWNER).read_text()))
+        except (OSError, json.JSONDecodeError):
+            return False
 
     # -- events ------------------------------------------------------------------------------------------------
 

@@ -159,6 +159,13 @@ class CountProgress:
             self.last_line = time.monotonic()
             say(f"{self.what} {done}/{self.total}")
 
+    def show_of(self, done: int, total: int) -> None:
+        """For work that says along the way how much there is."""
+        self.total = total
+        if self.bar:
+            self.bar.update(self.task, total=total)
+        self.show(done)
+
     def __enter__(self) -> CountProgress:
         return self
 

@@ -13,17 +13,28 @@ from studio.errors import AdapterError, PresetError
 from studio.method import Origin, PatchMethod, RankedMethod, method_from, methods
 from studio.patch import Delta, LayerShape
 
-KINDS = [kind for kind, cls in methods().items() if issubclass(cls, PatchMethod)]
+KINDS = [kind for kind, cls in methods().items() if issubclass(cls, PatchMethod) and cls.trainable]
 LAYERS = list(layers())
 ORIGIN = Origin("concept", 3)
 
 
 def patched(kind, layer_name, **settings):
-    """A layer, its input, and a patch whose trained numbers are random, as after a training."""
+    """A layer, its input, and a fresh patch; settings that the method has not are left out."""
     layer, x = layers()[layer_name]
-    method = method_from({"kind": kind, **settings})
-    patch = method.patch("unet.layer", LayerShape.of(layer), ORIGIN, layer.weight)
-    return layer, x, patch
+    return layer, x, fresh(kind, layer, **settings)
+
+
+def fresh(kind, layer, origin=ORIGIN, **settings):
+    cls = methods()[kind]
+    method = method_from({"kind": kind, **{k: v for k, v in settings.items() if k in cls.model_fields}})
+    return method.patches({"unet.layer": LayerShape.of(layer)}, origin, {"unet.layer": layer})["unet.layer"]
+
+
+def add_delta(dense, patch, weight=1.0):
+    """Adds a patch's delta to a layer's own parameters."""
+    dense.weight += weight * patch.delta(dense.weight)
+    if (bias := patch.bias_delta()) is not None:
+        dense.bias += weight * bias
 
 
 def train_a_little(patch):
@@ -68,7 +79,7 @@ def test_patched_layer_equals_the_layer_with_its_dense_delta(kind, layer_name):
     assert isinstance(patch, Delta)
     dense = copy.deepcopy(layer)
     with torch.no_grad():
-        dense.weight += 0.7 * patch.delta(layer.weight)
+        add_delta(dense, patch, 0.7)
         assert (dense.weight - layer.weight).norm() > 0.05
         with attach(site(layer), {"unet.layer": [patch]}, 0.7):
             torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
@@ -91,15 +102,17 @@ def test_detach_restores_the_layer_bit_for_bit(kind, layer_name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_patches_on_one_layer_add_up_and_leave_in_any_order(kind):
     layer, x, first = patched(kind, "conv2d")
-    second = method_from({"kind": kind}).patch("unet.layer", LayerShape.of(layer), Origin("other", 4), layer.weight)
-    before = layer(x)
+    second = fresh(kind, layer, Origin("other", 4))
+    before, dense = layer(x), copy.deepcopy(layer)
     with torch.no_grad():
-        delta = 0.5 * train_a_little(first).delta(layer.weight) + 2.0 * train_a_little(second).delta(layer.weight)
+        pristine = copy.deepcopy(layer)
+        for patch, weight in ((train_a_little(first), 0.5), (train_a_little(second), 2.0)):
+            change = copy.deepcopy(pristine)
+            add_delta(change, patch, weight)
+            for total, part, own in zip(dense.parameters(), change.parameters(), pristine.parameters(), strict=True):
+                total += part - own
         one = attach(site(layer), {"unet.layer": [first]}, 0.5)
         other = attach(site(layer), {"unet.layer": [second]}, 2.0)
-        dense = copy.deepcopy(layer)
-        del dense.__dict__["forward"]
-        dense.weight += delta
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
     one.detach()
     other.detach()
@@ -109,9 +122,7 @@ def test_patches_on_one_layer_add_up_and_leave_in_any_order(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_origin_gives_the_same_bits(kind):
     for name, (layer, _) in layers().items():
-        method = method_from({"kind": kind})
-        shape = LayerShape.of(layer)
-        one, two = (method.patch("unet.layer", shape, ORIGIN, layer.weight).state_dict() for _ in range(2))
+        one, two = (fresh(kind, layer).state_dict() for _ in range(2))
         assert all(torch.equal(one[key], two[key]) for key in one), name
 
 
@@ -120,11 +131,12 @@ def test_the_same_origin_gives_the_same_bits(kind):
 def test_gradient_reaches_every_factor_by_step_two(kind, layer_name):
     layer, x, patch = patched(kind, layer_name)
     optimizer = torch.optim.SGD(patch.parameters(), 0.1)
-    with attach(site(layer), {"unet.layer": [patch]}):
+    with attach(site(layer), {"unet.layer": [patch]}, train=True) as attachment:
         for _ in range(2):
             optimizer.zero_grad()
             (layer(x) - 1).square().mean().backward()
             optimizer.step()
+            attachment.refresh()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in patch.parameters())
 
 
@@ -166,15 +178,14 @@ def test_a_base_of_another_architecture_is_refused_and_left_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_grouped_convolution_is_refused_with_its_name(kind):
     layer = torch.nn.Conv2d(8, 8, 3, groups=2)
-    method = method_from({"kind": kind})
     try:
-        patch = train_a_little(method.patch("unet.layer", LayerShape.of(layer), ORIGIN, layer.weight))
+        patch = train_a_little(fresh(kind, layer))
     except PresetError as error:
         assert "unet.layer" in error.message
         return
     x, dense = torch.randn(1, 8, 6, 6), copy.deepcopy(layer)
     with torch.no_grad(), attach(site(layer), {"unet.layer": [patch]}):
-        dense.weight += patch.delta(layer.weight)
+        add_delta(dense, patch)
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
@@ -188,12 +199,13 @@ def test_the_loss_falls_on_a_tiny_base(kind):
     noisy, target = base.objective.noised(latents, noise, times), base.objective.target(latents, noise, times)
     optimizer = torch.optim.Adam(adapter.parameters(), 1e-2)
     losses = []
-    with attach(sites, adapter.by_site()):
+    with attach(sites, adapter.by_site(), train=True) as attachment:
         for _ in range(12):
             loss = (base.predict(noisy, times, condition) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            attachment.refresh()
             losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
 

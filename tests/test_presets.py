@@ -30,7 +30,7 @@ def test_a_resolved_preset_is_a_preset_again(name, tmp_path):
         ({"method": {"kind": "lora", "rnk": 3}}, "method.rnk", "rank"),
         ({**MINIMAL, "data": {"resolutoin": 64}}, "data.resolutoin", "resolution"),
         ({**MINIMAL, "data": {"prior": {"weigth": 1}}}, "data.prior.weigth", "weight"),
-        ({"method": {"kind": "laro"}}, "laro", "lora"),
+        ({"method": {"kind": "lroa"}}, "lroa", "lora"),
         ({**MINIMAL, "steps": "many"}, "steps", ""),
         ({**MINIMAL, "steps": 0}, "steps", ""),
         ({**MINIMAL, "lr_schedule": "cosin"}, "lr_schedule", ""),

@@ -5,6 +5,7 @@ delta = L (x) R,   L (a, c), R (b, d, k, ...),   shape (a b, c d, k, ...)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,13 @@ class Kronecker(WeightDelta):
         return LowRank(torch.kron(one.down, other.down), torch.kron(one.up, other.up), self.shape)
 
 
-def _apply(x: Tensor, outer, inner, outer_size: int, inner_size: int) -> Tensor:  # type: ignore[no-untyped-def]
+def _apply(
+    x: Tensor,
+    outer: Callable[[Tensor], Tensor],
+    inner: Callable[[Tensor], Tensor],
+    outer_size: int,
+    inner_size: int,
+) -> Tensor:
     count = x.shape[1]
     y = inner(x.reshape(outer_size, inner_size, count).permute(1, 0, 2).reshape(inner_size, -1))
     size = y.shape[0]

@@ -71,7 +71,7 @@ def total(terms: Sequence[WeightDelta]) -> WeightDelta:
     if sparse:
         together.append(united(sparse))
     if full:
-        together.append(Dense(torch.stack(full).sum(0) if len(full) > 1 else full[0]))
+        together.append(Dense(sum(full[1:], start=full[0])))
     together += rest
     return together[0] if len(together) == 1 else Sum(tuple(together))
 

@@ -58,9 +58,7 @@ class Tucker(WeightDelta):
     def _input_side(self) -> LowRank:
         core = self.core.flatten(1)
         basis = torch.eye(core.shape[1], dtype=core.dtype, device=core.device).reshape(-1, *self.core.shape[1:])
-        return LowRank(
-            _along(basis, self.factors[1:], first_axis=1).flatten(1), self.factors[0] @ core, self.shape
-        )
+        return LowRank(_along(basis, self.factors[1:], first_axis=1).flatten(1), self.factors[0] @ core, self.shape)
 
 
 def _along(core: Tensor, factors: tuple[Tensor, ...], first_axis: int) -> Tensor:

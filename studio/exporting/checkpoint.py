@@ -60,11 +60,18 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def merge_into(networks: Mapping[str, nn.Module], site: SiteDelta, dtype: torch.dtype) -> LayerRow:
-    """Puts weight + delta, summed in fp64 and rounded once to fp32, in place of a weight. Returns what is lost."""
+    """Puts weight + delta, summed in fp64 and rounded once to fp32, in place of a weight; its bias likewise.
+
+    Returns what the dtype loses of the weight's delta.
+    """
     own, weight = site.dense(), site.weight.double().cpu()
     merged = (weight + own).float()
-    layer = networks[site.component].get_submodule(site.path)
+    layer: Any = networks[site.component].get_submodule(site.path)
     layer.weight = nn.Parameter(merged.to(site.weight.device), requires_grad=False)
+    bias = site.dense_bias()
+    if bias is not None:
+        total = (layer.bias.detach().double().cpu() + bias).float()
+        layer.bias = nn.Parameter(total.to(site.weight.device), requires_grad=False)
     norm = float(own.norm())
     return LayerRow(site.name, None, norm, relative_error(merged.to(dtype).double() - weight, own))
 

@@ -118,7 +118,7 @@ def read_tensors(path: str) -> dict[str, Any]:
 
 
 def formula(path: str, names: str) -> None:
-    """What ComfyUI and A1111 add to the weights: up down alpha / rank, or diff as it is."""
+    """What ComfyUI and A1111 add to the weights: up down alpha / rank, or diff as it is, and diff_b to the biases."""
     tensors = read_tensors(path)
     layers = json.loads(Path(names).read_text())
     several = any(name.startswith("text_encoder_2.") for name in layers)
@@ -127,6 +127,8 @@ def formula(path: str, names: str) -> None:
         flat, _, kind = key.partition(".")
         if kind == "diff":
             send_array(value, site=modules[flat])
+        elif kind == "diff_b":
+            send_array(value, bias=modules[flat])
         elif kind == "lora_down.weight":
             up = tensors[f"{flat}.lora_up.weight"]
             rank = value.shape[0]

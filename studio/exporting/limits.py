@@ -35,7 +35,10 @@ def _peft_fault(site: SiteDelta) -> str:
         return f"is a convolution with {shape.groups} groups"
     if any(step != 1 for step in shape.dilation):
         return f"is a convolution with dilation {shape.dilation}"
-    return f"pads with '{shape.padding_mode}'" if shape.padding_mode != "zeros" else ""
+    if shape.padding_mode != "zeros":
+        return f"pads with '{shape.padding_mode}'"
+    bias = site.dense_bias()
+    return "has a bias that is changed too" if bias is not None and bias.any() else ""
 
 
 def refuse_without_loader(job: Job) -> None:

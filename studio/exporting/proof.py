@@ -92,13 +92,16 @@ def prove_in_diffusers(job: Job, lora: Path | None, words: Iterable[WordFile], m
         return _compare(job, deltas, meant, "diffusers") if lora else _exhaust(deltas)
 
 
-def prove_by_formula(job: Job, file: Path, meant: Meant) -> dict[str, LayerRow]:
+def prove_by_formula(
+    job: Job, file: Path, meant: Meant, biases: Mapping[str, Tensor] | None = None
+) -> dict[str, LayerRow]:
     """An independent reading of kohya's and the dense format's formulas, over the names of all the base's layers."""
     with tempfile.TemporaryDirectory() as scratch:
         names = Path(scratch) / "names.json"
         modules = [f"{c}.{path}" for c, root in job.base.components.items() for path, _ in root.named_modules() if path]
         names.write_text(json.dumps(modules))
-        return _compare(job, ask_fresh_process("formula", str(file), str(names)), meant, "the formula")
+        answers = _check_biases(ask_fresh_process("formula", str(file), str(names)), biases or {})
+        return _compare(job, answers, meant, "the formula")
 
 
 def _exhaust(answers: Iterator[Answer]) -> dict[str, LayerRow]:
@@ -145,6 +148,18 @@ def _check_words(answers: Iterable[Answer], words: Mapping[str, Mapping[str, Ten
     if expected:
         word, encoder = next(iter(expected))
         raise WorkError(f"read back by diffusers, the word '{word}' is not there in '{encoder}'")
+
+
+def _check_biases(answers: Iterable[Answer], biases: Mapping[str, Tensor]) -> Iterator[Answer]:
+    """Passes the weights on and compares the changes of biases: read back, they must be the written ones."""
+    expected = dict(biases)
+    for header, payload in answers:
+        if "bias" not in header:
+            yield header, payload
+        elif not torch.equal(_tensor(header, payload), expected.pop(header["bias"])):
+            raise WorkError(f"read back by the formula, the bias of '{header['bias']}' is wrong", "nothing was written")
+    if expected:
+        raise WorkError(f"read back by the formula, the bias of '{next(iter(expected))}' is not there")
 
 
 def relative_error(found: Tensor, own: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from studio.adapter import Adapter
 from studio.base import Base
 from studio.errors import AdapterError, ExportRefused, nearest
-from studio.patch import Delta, LayerShape
+from studio.patch import Delta, InPlace, LayerShape
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,18 @@ class SiteDelta:
             raise AdapterError(f"the delta at '{self.name}' is not finite")
         return total
 
+    @torch.no_grad()
+    def dense_bias(self) -> Tensor | None:
+        """What is added to the bias, in fp64 on the CPU, or None where it stays. Raises AdapterError as `dense`."""
+        changes = [change.detach().double().cpu() for term in self.terms if (change := term.bias_delta()) is not None]
+        total = torch.stack(changes).sum(0) if changes else None
+        if total is not None and not total.isfinite().all():
+            raise AdapterError(f"the change of the bias at '{self.name}' is not finite")
+        return total
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """(down, up) of all terms side by side, with delta = up @ down; None if a term has no such form."""
-        pairs = [term.low_rank() for term in self.terms]
+        pairs = [term.low_rank_of(self.weight) for term in self.terms]
         if any(pair is None for pair in pairs):
             return None
         downs, ups = zip(*[pair for pair in pairs if pair is not None], strict=True)
@@ -81,5 +90,7 @@ def site_deltas(adapter: Adapter, base: Base) -> dict[str, SiteDelta]:
                 f"'{adapter.card.method['kind']}' adds modules that are no change of weights (first at '{name}')",
                 "such an adapter works only in the studio",
             )
+        if all(isinstance(patch, InPlace) and not patch.writes() for patch in deltas):
+            continue  # a sparse patch without entries here
         found[name] = SiteDelta(name, shapes.get(name), layers[name], deltas)
     return found

@@ -43,7 +43,10 @@ def check_words(job: Job) -> None:
             raise AdapterError(f"the adapter has words for '{encoder}', which '{job.base.name}' has not")
         for word, vectors in words.items():
             if vectors.ndim != 2:
-                raise ExportRefused(f"the word '{word}' has other vectors in each layer, which no program loads")
+                raise ExportRefused(
+                    f"the word '{word}' has other vectors in each layer, which no program loads",
+                    "train with learned_words=2 in place of learned_words_layerwise",
+                )
             known = set(tokens_of(word, len(vectors))) & set(tokenizers[encoder].get_vocab())
             if known:
                 raise ExportRefused(

@@ -1,0 +1,101 @@
+"""`results.json`, `results.md` and plots of a study, from whatever results there are so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from studio.comparing.jobs import Job
+from studio.comparing.plots import Axis, Point, scatter
+from studio.comparing.study import Study
+from studio.comparing.table import COLUMNS, compared, leading, of_kind, one_each, summarised, tables
+from studio.files import write_atomically
+from studio.samples import save_png
+
+Result = dict[str, Any]
+#: file -> (title, x, is x logarithmic); similarity is on y
+PLOTS = {
+    "quality-parameters": ("Similarity against trained parameters", "num_trainable_params", True),
+    "quality-drift": ("Similarity against drift on unrelated prompts", "drift", False),
+    "quality-memory": ("Similarity against peak memory", "accelerator_memory_max", False),
+    "quality-seconds": ("Similarity against seconds a step", "step_seconds", False),
+}
+
+
+def publish(study: Study, name: str, jobs: Sequence[Job], out: Path, command: str) -> dict[str, Any]:
+    """Writes the three and returns the content of `results.json`. Raises DiskError."""
+    results = [result for result in (job.result() for job in jobs) if result is not None]
+    content = {
+        "format": 1,
+        "study": name,
+        "description": study.description,
+        "command": command,
+        "date": date.today().isoformat(),
+        "machines": _machines(results),
+        "complete": len(results) == len(jobs),
+        "jobs": len(jobs),
+        "settings": study.model_dump(mode="json"),
+        "results": results,
+    }
+    write_atomically(out / "results.json", json.dumps(content, indent=1) + "\n")
+    pictures = _plots(study, results, out)
+    write_atomically(out / "results.md", _page(study, content, results, pictures))
+    return content
+
+
+def _machines(results: Sequence[Result]) -> list[str]:
+    told = [result["card"].get("machine", {}) for result in results]
+    return list(dict.fromkeys(f"{m['device']}, {m['threads']} threads, torch {m['torch']}" for m in told if m))
+
+
+def _page(study: Study, content: dict[str, Any], results: Sequence[Result], pictures: Sequence[Path]) -> str:
+    done = f"{len(results)} of {content['jobs']} results" + ("" if content["complete"] else "; not complete yet")
+    minutes = sum(result["seconds"] for result in results) / 60
+    lines = [
+        f"# Study: {content['study']}",
+        "",
+        study.description,
+        "",
+        f"`{content['command']}`, {content['date']}, {'; '.join(content['machines'])}. Base `{_base(results)}`, preset "
+        f"`{study.preset}`, seeds {', '.join(map(str, study.seeds))}. {done}, {minutes:.0f} minutes of processes.",
+        "",
+        "Mean ± standard deviation over seeds and lessons; the difference from the baseline is paired, so lessons' own "
+        "difficulty drops out. Memory is what the process held (on a GPU: what torch held), the libraries included.",
+        "",
+        *(table.markdown() for table in tables(study, results)),
+        *(f"![{path.stem}]({path.name})\n" for path in pictures),
+    ]
+    return "\n".join(lines)
+
+
+def _base(results: Sequence[Result]) -> str:
+    return next((result["card"]["base"] for result in results if "base" in result["card"]), "")
+
+
+def _plots(study: Study, results: Sequence[Result], out: Path) -> list[Path]:
+    made = []
+    for kind in ("subject", "style"):
+        trained = compared(study, results, kind)
+        if not trained:
+            continue
+        lead = leading(trained)
+        levels: dict[str, float] = {}
+        for label, suffix in (("base alone", "_base"), ("references", "_references")):
+            found = summarised(one_each(trained), suffix).get(lead)
+            levels |= {label: found.mean} if found else {}
+        for stem, (title, column, logarithmic) in PLOTS.items():
+            points = []
+            for cell in study.cells:
+                found_here = summarised(of_kind(trained, "training", cell=cell.name))
+                if column in found_here and lead in found_here:
+                    points.append(Point(cell.name, found_here[column], found_here[lead]))
+            if points:
+                heading = f"{title} ({kind}s)"
+                axes = Axis(COLUMNS[column][0], logarithmic), Axis(COLUMNS[lead][0])
+                path = out / f"{stem}-{kind}s.png"
+                save_png(scatter(heading, *axes, points, levels), path, {"study": stem})
+                made.append(path)
+    return made

@@ -1,0 +1,158 @@
+"""A process that keeps a base loaded and draws: one JSON request a line on stdin, answers a line each on stdout.
+
+Request: `{"id", "prompt", "negative", "base", "adapters": ["NAME:WEIGHT"], "steps", "guidance", "seed", "count",
+"width", "height", "folder", "wait"}`, or `{"cancel": id}`. Answers carry the id and one of: `note` (a sentence),
+`step` and `steps` of picture `number`, `preview` (a file), `picture` (a file) with `seed`, `warning`, `error` with
+`hint`, `done`. A training on the same machine is paused for each picture, or waited for if `wait` is true.
+The process ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from studio import jobs
+from studio.errors import StudioError
+
+PREVIEWS = 5  # intermediate pictures of each drawing
+LOOK_EVERY_SECONDS = 1.0
+
+
+class Cancelled(Exception):
+    """The request was taken back, or whoever made it has gone."""
+
+
+class Worker:
+    """Draws request after request with the base of the last one, until `stdin` ends."""
+
+    def __init__(self) -> None:
+        self.requests: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.cancelled: set[str] = set()
+        self.closed = threading.Event()
+        self.base: Any = None
+        self.base_asked = ""
+        self.output = sys.stdout
+        sys.stdout = sys.stderr  # what libraries print must not mix with the answers
+
+    def read(self) -> None:
+        for line in sys.stdin:
+            try:
+                request = json.loads(line)
+            except ValueError:
+                continue
+            if "cancel" in request:
+                self.cancelled.add(request["cancel"])
+            else:
+                self.requests.put(request)
+        self.closed.set()
+        self.requests.put(None)
+
+    def run(self) -> None:
+        threading.Thread(target=self.read, daemon=True).start()
+        while (request := self.requests.get()) is not None:
+            try:
+                self.draw(request)
+                self.say(request, done=True)
+            except Cancelled:
+                self.say(request, done=True, cancelled=True)
+            except StudioError as error:
+                self.say(request, error=error.message, hint=error.hint)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.say(request, error=text, hint="try a smaller size, or fewer adapters")
+
+    def say(self, request: dict[str, Any], **answer: Any) -> None:
+        self.output.write(json.dumps({"id": request["id"], **answer}) + "\n")
+        self.output.flush()
+
+    # -- drawing -----------------------------------------------------------------------------------------------
+
+    def draw(self, request: dict[str, Any]) -> None:
+        """Raises StudioError for what cannot be drawn, Cancelled."""
+        from studio.base import Request
+        from studio.generation import facts_of, missing_triggers, parse_use, wearing
+        from studio.samples import save_png
+
+        uses = [parse_use(text) for text in request.get("adapters", ())]
+        base = self._base(request, request.get("base") or (uses[0].base if uses else "sticker"))
+        folder = Path(request["folder"])
+        with wearing(base, uses) as warnings:
+            for warning in (*warnings, *missing_triggers(request["prompt"], uses)):
+                self.say(request, warning=warning)
+            for number in range(request.get("count", 1)):
+                seed = request.get("seed", 0) + number
+                order = Request(
+                    [request["prompt"]],
+                    [seed],
+                    request.get("negative", ""),
+                    request.get("steps"),
+                    request.get("guidance"),
+                    request.get("width"),
+                    request.get("height"),
+                    self._reporter(request, number),
+                    self._previewer(request, number),
+                    PREVIEWS,
+                )
+                with self._turn(request):
+                    picture = base.generate(order)[0]
+                path = folder / f"{number:03d}.png"
+                save_png(picture, path, facts_of(order, 0, base, uses))
+                self.say(request, picture=str(path), number=number, seed=seed)
+
+    def _base(self, request: dict[str, Any], name: str) -> Any:
+        from studio.bases.registry import load_base
+
+        if self.base_asked != name:
+            self.say(request, note=f"Loading the base '{Path(name).name}'.")
+            self.base = None  # two at a time may not fit
+            self.base, self.base_asked = load_base(name), name
+        return self.base
+
+    def _reporter(self, request: dict[str, Any], number: int) -> Any:
+        def report(step: int, steps: int) -> None:
+            if self.closed.is_set() or request["id"] in self.cancelled:
+                raise Cancelled
+            self.say(request, step=step, steps=steps, number=number)
+
+        return report
+
+    def _previewer(self, request: dict[str, Any], number: int) -> Any:
+        def preview(picture: Any) -> None:
+            path = Path(request["folder"]) / ".preview.webp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path, "WEBP", quality=80)
+            self.say(request, preview=str(path), number=number)
+
+        return preview
+
+    @contextmanager
+    def _turn(self, request: dict[str, Any]) -> Iterator[None]:
+        """Inside, the machine is this drawing's own, as far as jobs go."""
+        if request.get("wait"):
+            self._wait(request)
+        with jobs.paused() as held:
+            if held:
+                self.say(request, note=f"The training '{held[0]}' pauses while this picture is drawn.")
+            yield
+
+    def _wait(self, request: dict[str, Any]) -> None:
+        told = False
+        while any(job.phase == "started" and jobs.is_alive(job.process) for job in jobs.jobs()):
+            if self.closed.is_set() or request["id"] in self.cancelled:
+                raise Cancelled
+            if not told:
+                self.say(request, note="Waiting until the training is over.")
+                told = True
+            time.sleep(LOOK_EVERY_SECONDS)
+
+
+if __name__ == "__main__":
+    Worker().run()

@@ -1,0 +1,430 @@
+"""The pages as a browser meets them: forms from schemas, drafts, runs, library, drawing; no torch in the server."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from studio import jobs, library
+from studio.errors import AdapterError, PresetError, RequestError
+from studio.files import write_atomically
+from studio.run import Event, Run
+from studio.schemas import gather, schemas
+from studio.thumbnails import make_thumbnails
+
+pytest.importorskip("gradio", reason="the browser pages need gradio")
+
+from ui import form, live, pieces, settings
+from ui.draft import Draft, draft_of
+from ui.pages import generate, runs, train
+from ui.pages import library as library_page
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def gathered():
+    return gather()
+
+
+@pytest.fixture(autouse=True)
+def known(gathered, monkeypatch):
+    """The schemas as this process computes them, so that no test waits for another to do so."""
+    for module in (settings,):
+        monkeypatch.setattr(module, "schemas", lambda: gathered)
+    settings.preset_fields.cache_clear()
+    settings.method_fields.cache_clear()
+
+
+@pytest.fixture
+def finished_run(home):
+    """A run as a training leaves it, with two rows of samples."""
+    run = Run(library.runs_dir() / "20261121-000000-cat")
+    run.prepare()
+    run.append(Event("started", 0, {"steps": 20}))
+    for step in (0, 20):
+        path = run.samples / f"{step:06d}-0.png"
+        Image.new("RGB", (32, 32), "red").save(path)
+        run.append(Event("sample", step, {"path": f"samples/{path.name}", "prompt": "a <b>cat</b>", "seed": 1}))
+    for step in range(1, 21):
+        facts = {"loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0, "samples_per_second": 2.0, "peak_memory_gib": 0.5}
+        run.append(Event("step", step, facts))
+    run.append(Event("validation", 20, {"loss": 0.25}))
+    run.append(Event("finished", 20, {"seconds": 12.0}))
+    write_atomically(run.folder / "report.html", "<p>report</p>")
+    return run
+
+
+@pytest.fixture
+def adapter_file(tiny_base_folder, tmp_path):
+    """A real adapter of the tiny base, as a file outside the library."""
+    from studio.adapter import Card, new_adapter
+    from studio.bases.registry import load_base
+
+    base = load_base(tiny_base_folder)
+    sites = {name: site.shape for name, site in list(base.select(("attention",)).items())[:2]}
+    card = Card(method={"kind": "lora", "rank": 2}, base=base.identity(), sites=sites, trigger="blip", steps=3)
+    new_adapter(card).save(tmp_path / "my cat.safetensors")
+    return tmp_path / "my cat.safetensors"
+
+
+class Clicked:
+    """What a page's own elements tell the server."""
+
+    def __init__(self, **data):
+        self._data = data
+
+
+# -- forms -------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_of_every_preset_survives_the_way_through_the_widgets(gathered):
+    for name, content in settings.presets().items():
+        assert settings.content_of(name, settings.values_of(content)) == content, name
+
+
+def test_yaml_goes_both_ways():
+    content = settings.presets()["subject"]
+    changed = settings.content_of("subject", settings.values_of(settings.from_yaml(settings.to_yaml(content))))
+    assert changed == content
+
+
+def test_a_form_carries_the_descriptions_and_limits_of_the_schema():
+    fields = {field.key: field for field in settings.preset_fields()}
+    assert fields["steps"].hint == "Optimizer steps. At least 1."
+    assert fields["learning_rate"].hint.endswith("Above 0.")
+    assert fields["data.caption_dropout"].limits() == "From 0 to 1."
+    assert fields["lr_schedule"].choices == ("constant", "linear", "cosine")
+    assert fields["learning_rate"].optional
+    assert {"rank", "alpha"} <= {field.key for field in settings.method_fields()["lora"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("steps", "0", "At least 1"),
+        ("steps", "many", "whole number"),
+        ("learning_rate", "-1", "Above 0"),
+        ("learning_rate", "nan", "cannot be nan"),
+        ("data.caption_dropout", "1.5", "From 0 to 1"),
+        ("steps", "", "empty"),
+    ],
+)
+def test_a_value_out_of_its_limits_is_one_sentence_that_says_them(key, text, words):
+    field = next(field for field in settings.preset_fields() if field.key == key)
+    with pytest.raises(PresetError) as error:
+        form.value_of(field, text)
+    assert words in f"{error.value.message} {error.value.hint}"
+
+
+def test_an_unknown_key_of_a_yaml_names_the_nearest():
+    with pytest.raises(PresetError) as error:
+        settings.from_yaml("method: {kind: lora, rnak: 3}")
+    assert (error.value.message, error.value.hint) == ("unknown key 'rnak'", "did you mean 'rank'?")
+    with pytest.raises(PresetError, match="learning_rat"):
+        settings.from_yaml("{method: {kind: lora}, learning_rat: 3}")
+
+
+def test_schemas_are_gathered_by_another_process_and_kept(home, gathered, monkeypatch):
+    monkeypatch.setattr("studio.schemas._gather_apart", lambda: gathered)
+    first = schemas()
+    monkeypatch.setattr("studio.schemas._gather_apart", lambda: pytest.fail("gathered again"))
+    assert schemas() == first == json.loads(json.dumps(gathered))
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_keeps_pictures_captions_and_form_for_another_tab(pictures, tmp_path):
+    draft = draft_of("")
+    (tmp_path / "page.html").write_text("x")
+    left_out = draft.add([*pictures.iterdir(), tmp_path / "page.html"])
+    assert left_out == ["'page.html' is no picture: .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff, .gif are"]
+    draft.set_caption("2.png", "a green one")
+    other = draft_of(draft.name)
+    assert [other.caption(p) for p in other.pictures()] == [
+        "a {trigger} in red", "a {trigger} in blue", "a green one", "",
+    ]  # fmt: skip
+    assert other.replace_in_captions("{trigger}", "{trigger} thing") == 2
+    train.save_form(draft.name, "style", "Tom", *settings.values_of(settings.presets()["style"]))
+    shown = train.restore(draft.name)
+    assert (shown[0], shown[1], shown[4]) == (draft.name, "style", "Tom")
+    assert "data-edit='2.png'" in shown[3]
+    other.remove("0.png")
+    assert [path.name for path in draft.pictures()] == ["1.png", "2.png", "3.png"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "a" * 12 + "/..", None, "ABCDEF012345"])
+def test_a_draft_of_any_other_name_is_a_new_one(name):
+    assert draft_of(name).name != name
+    with pytest.raises(RequestError):
+        Draft("../x").folder  # noqa: B018
+    with pytest.raises(RequestError):
+        draft_of("").remove("../../secret.png")
+
+
+def test_a_start_queues_a_training_on_a_copy_of_the_pictures(pictures, monkeypatch):
+    monkeypatch.setattr(jobs, "advance", list)
+    draft = draft_of("")
+    draft.add(list(pictures.iterdir()))
+    values = settings.values_of(settings.presets()["subject"])
+    values[settings.keys().index("steps")] = "7"
+    train.start(draft.name, "subject", "My cat!", *values)
+    train.start(draft.name, "subject", "My cat!", *values)
+    one, two = jobs.jobs()
+    assert one.run != two.run
+    assert one.arguments[one.arguments.index("--name") + 1] == "my-cat"
+    order = Path(one.arguments[one.arguments.index("--preset") + 1])
+    from studio.preset import make_preset, read_preset
+
+    preset = make_preset(read_preset(str(order)))
+    assert preset.steps == 7
+    draft.clear()
+    assert len(list(Path(preset.data.path).glob("*.png"))) == 4
+    assert [state for _, state in live.queue_table()[1]] == ["queued", "queued"]
+    live.queue_action(Clicked(name=f"up:{two.id}"))
+    assert jobs.jobs()[0].id == two.id
+    live.queue_action(Clicked(name=f"cancel:{two.id}"))
+    assert [state for _, state in live.queue_table()[1]] == ["queued"]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_its_state_curve_and_samples_and_what_is_unchanged_is_not_sent_again(finished_run):
+    name = str(finished_run.folder.resolve())
+    head, curve, grid, stop, resume, sample, report, seen = live.show(name, None)
+    assert "finished" in head
+    assert "20 / 20" in head
+    assert "held-out loss" in curve
+    assert grid.index("the base") < grid.index("step 20")
+    assert "a &lt;b&gt;cat&lt;/b&gt;" in grid
+    assert "<b>cat" not in grid
+    assert (stop["visible"], resume["visible"], sample["visible"], report["visible"]) == (False, False, False, True)
+    assert Path(report["value"]).read_text() == "<p>report</p>"
+    again = live.show(name, seen)
+    assert again[-1] == seen
+    assert all("__type__" in str(part) for part in again[:-1])
+    finished_run.append(Event("warning", 20, {"text": "late"}))
+    assert "late" in live.show(name, seen)[0]
+    assert live.show(name, seen)[2]["__type__"] == "update"  # the grid is the same, and is not sent
+
+
+def test_nothing_but_a_known_run_can_be_asked_for(finished_run, tmp_path):
+    for name in ("/etc", str(tmp_path), "..", None):
+        assert "Nothing is training" in live.show(name, None)[0]
+        live.stop(name)
+    assert not (tmp_path / "control").exists()
+
+
+def test_curves_of_several_runs_lie_over_each_other(finished_run):
+    name = str(finished_run.folder.resolve())
+    drawn = runs.compare([name, name, "/etc"], 0.5, True)
+    assert drawn.count("<polyline") == 2
+    assert "from 1 to" in drawn
+    assert "finished" in runs.runs_table(name)
+
+
+# -- library -----------------------------------------------------------------------------------------------------
+
+
+def test_the_library_imports_finds_renames_removes_and_brings_back(adapter_file, monkeypatch):
+    monkeypatch.setattr(library_page, "ask", lambda *_: [])
+    library_page.take_in(str(adapter_file), "")
+    assert "say: <b>blip</b>" in library_page.cards("BLIP lora", 0, "")
+    assert "Nothing found" in library_page.cards("dog", 0, "")
+    library_page.set_note("my-cat", "good at 0.8", "", 1)
+    library_page.rename("my-cat", "tom", "", 1)
+    assert [e.name for e in library_page.found("0.8")] == ["tom"]
+    library_page.remove("tom", "", 1)
+    assert library.entries() == []
+    library_page.undo("", 1)
+    (entry,) = library.entries()
+    assert (entry.name, entry.facts["note"]) == ("tom", "good at 0.8")
+    assert entry.path.read_bytes() == adapter_file.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(60), b"\x10" + bytes(7) + b"{" * 16])
+def test_a_broken_file_is_not_taken_in(tmp_path, content):
+    from studio.cards import read_card
+
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match="broken"):
+        read_card(path)
+    with pytest.raises(Exception, match="roken"):
+        library_page.take_in(str(path), "")
+    assert library.entries() == []
+
+
+def test_a_truncated_adapter_is_refused_by_its_header_alone(adapter_file):
+    from studio.cards import read_card
+
+    assert read_card(adapter_file)["trigger"] == "blip"
+    adapter_file.write_bytes(adapter_file.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match="truncated"):
+        read_card(adapter_file)
+
+
+# -- pictures and drawing ----------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_cannot_be_decoded_harms_only_itself(pictures, tmp_path):
+    (tmp_path / "no.png").write_text("no picture")
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "bomb.png")
+    found = make_thumbnails([pictures / "0.png", tmp_path / "no.png", tmp_path / "bomb.png"], tmp_path / "t")
+    assert (found[str(pictures / "0.png")]["width"], found[str(tmp_path / "no.png")]) == (
+        64, {"error": "is no picture that can be read"},
+    )  # fmt: skip
+    assert "pixels" in found[str(tmp_path / "bomb.png")]["error"]
+
+
+def test_a_picture_restores_the_settings_it_was_drawn_with(tmp_path, adapter_file):
+    from studio.samples import save_png
+
+    library.add("my-cat", adapter_file, {})
+    facts = {
+        "prompt": "a blip", "negative": "", "seed": 5, "steps": 9, "guidance": 3.5, "width": 64, "height": 64,
+        "base": "sticker", "adapters": [{"name": "my-cat", "weight": 0.7}, {"name": "gone", "weight": 1}],
+    }  # fmt: skip
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", facts)
+    found = generate.restore_from(str(tmp_path / "a.png"))
+    assert (found[0], found[2], found[3]["value"], found[4]["value"]) == ("a blip", "sticker", ["my-cat"], 0.7)
+    assert found[8:15] == [True, 5, 1, 9, 3.5, 64, 64]
+    knobs = ["a blip", "", "sticker", ["my-cat"], 0.7, 1.0, 1.0, 1.0, *found[8:15], False]
+    assert generate.request_of(tuple(knobs))["adapters"] == ["my-cat:0.7"]
+    with pytest.raises(RequestError, match="nobody"):
+        generate.request_of((*knobs[:3], ["nobody"], *knobs[4:]))
+
+
+def test_the_worker_draws_as_the_command_line_does_and_ends_with_its_listener(tiny_base_folder, home, monkeypatch):
+    from studio.base import Request
+    from studio.bases.registry import load_base
+    from studio.drawing import Engine
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    engine = Engine()
+    request = {"prompt": "a dog", "base": str(tiny_base_folder), "seed": 3, "count": 2, "steps": 4}
+    answers = list(engine.draw(request))
+    assert [a["seed"] for a in answers if "picture" in a] == [3, 4]
+    assert [a["step"] for a in answers if "step" in a] == [1, 2, 3, 4] * 2
+    assert any("preview" in a for a in answers)
+    drawn = Image.open(next(a["picture"] for a in answers if "picture" in a))
+    expected = load_base(tiny_base_folder).generate(Request(["a dog"], [3], steps=4))[0]
+    assert list(drawn.getdata()) == list(expected.getdata())
+    assert json.loads(drawn.text["studio"])["seed"] == 3
+    process = engine.process
+    again = list(engine.draw({**request, "count": 1, "width": 63}))
+    assert "multiples" in again[-1]["error"]
+    assert not any("Loading" in a.get("note", "") for a in again)  # the base is still there
+    assert engine.process is process
+    for answer in engine.draw({**request, "steps": 500}):
+        if answer.get("step") == 2:
+            break  # as a browser does that is closed
+    assert sum("picture" in answer for answer in engine.draw({**request, "count": 1})) == 1
+    engine.close()
+    assert process.wait(30) == 0
+
+
+# -- the server --------------------------------------------------------------------------------------------------
+
+
+def test_the_server_loads_no_torch_and_serves_only_its_own_folders(home, gathered, tmp_path):
+    cache = home / "cache"
+    cache.mkdir(parents=True)
+    program = """
+import json, sys, urllib.error, urllib.request
+from pathlib import Path
+import studio.schemas as schemas
+import ui.settings
+known = json.loads(Path(sys.argv[1]).read_text())
+schemas.schemas = ui.settings.schemas = lambda: known
+import ui.pages.system
+ui.pages.system.schemas = lambda: known
+from ui.app import serve
+url, close = serve(port=0 or 17860 + int(sys.argv[2]) % 1000, wait=False)
+def status(path):
+    try:
+        return urllib.request.urlopen(url + path, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+home = Path(sys.argv[3])
+(home / "pictures" / "a").mkdir(parents=True)
+(home / "pictures" / "a" / "x.png").write_bytes(b"x")
+(home / "secret.txt").write_text("x")
+print(json.dumps({
+    "pages": [status(p) for p in ("", "runs", "library", "generate", "system")],
+    "own": status(f"gradio_api/file={home}/pictures/a/x.png"),
+    "refused": [status(f"gradio_api/file={p}") for p in (home / "secret.txt", "pyproject.toml", "/etc/passwd",
+        f"{home}/pictures/../secret.txt")],
+    "heavy": [m for m in ("torch", "diffusers", "transformers", "trainers") if m in sys.modules],
+}))
+close()
+"""
+    (tmp_path / "known.json").write_text(json.dumps(gathered))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "known.json"), str(os.getpid()), str(home)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["pages"] == [200] * 5
+    assert found["own"] == 200
+    assert all(code in (403, 404) for code in found["refused"]), found
+    assert found["heavy"] == []
+
+
+def test_another_host_needs_a_password_that_nobody_else_can_read(tmp_path):
+    from ui.app import is_loopback, read_users, serve
+
+    assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+    with pytest.raises(RequestError, match="no password"):
+        serve("0.0.0.0")
+    path = tmp_path / "users"
+    path.write_text("me:long enough\n")
+    path.chmod(0o644)
+    with pytest.raises(RequestError, match="others"):
+        read_users(path)
+    path.chmod(0o600)
+    assert read_users(path) == [("me", "long enough")]
+    path.write_text("me:short\n")
+    with pytest.raises(RequestError, match="usable"):
+        read_users(path)
+
+
+def test_text_from_outside_is_never_markup(finished_run):
+    assert "<img" not in pieces.text("<img src=x onerror=alert(1)>")
+    assert "<script" not in train.report_of(
+        {
+            "pictures": 1, "left out": ["'<script>.png' is none"], "minutes in all, about": 1, "peak memory GiB": 1,
+            "trained numbers": 3, "warning": [], "export": [],
+        }
+    )  # fmt: skip
+
+
+def test_five_hundred_adapters_and_two_hundred_runs_are_listed_in_a_second(adapter_file, home):
+    from studio.cards import read_card
+
+    for number in range(500):
+        library.library_dir().mkdir(parents=True, exist_ok=True)
+        os.link(adapter_file, library.library_dir() / f"a{number}.safetensors")
+    for number in range(200):
+        run = Run(library.runs_dir() / f"20261121-000000-r{number}")
+        run.prepare()
+        run.append(Event("started", 0, {"steps": 2}))
+        run.append(Event("stopped", 0, {}))
+    read_card(adapter_file)
+    library_page.cards("blip", 0, "")
+    runs.runs_table(None)
+    began = time.process_time()
+    library_page.cards("blip", 0, "")
+    runs.runs_table(None)
+    assert time.process_time() - began < 1.0
