@@ -99,7 +99,8 @@ def _card(run: Run) -> str:
     for part in facts["components"]:
         ranks = f", rank {part['ranks']}" if part["ranks"] else ""
         trained = f"{part['trained_numbers']:,} trained numbers"
-        text = f"{part['layers']} layers{ranks}, {trained}, change of norm {part['norm']:.4g}"
+        size = f", change of norm {part['norm']:.4g}" if part["norm"] is not None else ""
+        text = f"{part['layers']} layers{ranks}, {trained}{size}"
         rows.append((part["part"], text))
     body = "".join(f"<tr><th scope='row'>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
     return f"<h2>Adapter</h2><table>{body}</table>"

@@ -82,6 +82,8 @@ def _with_method(content: dict[str, Any], original: Preset, kind: str) -> dict[s
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
+        if old.get("kind") != new.get("kind"):  # another method: its settings have nothing to be compared with
+            return [f"{key}: {old['kind']} -> {new['kind']}"]
         keys = [*old, *(k for k in new if k not in old)]
         return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
     return [] if old == new else [f"{key}: {old} -> {new}"]
@@ -154,6 +156,8 @@ class Training:
         try:
             for event in fit(task, self.preset, self.run, self.accelerator, self.resume, should_stop):
                 if event.kind == "finished":
+                    if isinstance(task, AdapterTask) and self.accelerator.is_main_process:
+                        yield from task.sketch_inputs()
                     event = Event("finished", event.step, {**self._finish(task), **event.data})
                 yield event
         finally:

@@ -84,7 +84,7 @@ def test_method_replaces_kind_and_learning_rate_and_keeps_the_layers():
     preset, changes = resolve(Order("subject", method="lora"))
     assert preset.method.kind == "lora"
     assert preset.method.target_modules == make_preset(read_preset("subject")).method.target_modules
-    assert any(line.startswith("method.kind: orthogonal -> lora") for line in changes)
+    assert any(line.startswith("method: orthogonal -> lora") for line in changes)
 
 
 def test_learning_rate_warms_up_and_falls():

@@ -14,6 +14,8 @@ from studio import library
 from studio.adapter import load_adapter
 from studio.customize import AdapterTask, Example
 from studio.errors import NonFiniteLoss, RequestError
+from studio.inspecting import describe_adapter
+from studio.method import methods
 from studio.run import Run
 from studio.training import Order, plan, plan_resume
 
@@ -178,6 +180,14 @@ def test_a_finished_run_leaves_everything_the_contract_names(recipe, tmp_path):
     assert (card.trigger, card.data_count, card.steps) == ("mycat", 4, 8)
     assert str(tmp_path) not in card.model_dump_json()
     assert "<svg" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, cls in methods().items() if getattr(cls, "trainable", False)])
+def test_every_method_trains_from_a_request_to_a_report(recipe, tmp_path, kind):
+    events = train(recipe, tmp_path / "run", "steps=2", method=kind)
+    assert events[-1].kind == "finished"
+    assert kind in (tmp_path / "run" / "report.html").read_text()
+    assert describe_adapter(str(tmp_path / "run" / "adapter.safetensors"))["method"] == kind
 
 
 def test_the_base_is_given_back_as_it_was(recipe, tmp_path):
