@@ -1,5 +1,8 @@
 """Every family keeps the contract of a base, and agrees with the pipeline that it stands for."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,9 +14,12 @@ from studio.attachment import attach
 from studio.base import Request, same_values
 from studio.bases.registry import families, load_base
 from studio.bases.stable_diffusion import StableDiffusion
+from studio.bases.tiny import word_tokenizer
 from studio.errors import AdapterError, BaseError, PresetError, RequestError
 from studio.method import method_from
 from studio.objective import Diffusion, FlowMatching
+from studio.preset import Preset
+from trainers.scratch import save_pipeline
 
 FAMILIES = {name: cls for name, cls in families().items() if cls.medium == "image"}
 PROMPT = "a photo of a cat"
@@ -388,3 +394,33 @@ def test_gradient_checkpointing_gives_the_same_gradients(base):
 def test_objectives_are_those_of_the_families():
     kinds = {name: type(cls.tiny().objective) for name, cls in FAMILIES.items()}
     assert kinds == {"sd3": FlowMatching, "sdxl": Diffusion, "stable_diffusion": Diffusion}
+
+
+def test_another_process_builds_the_same_tokenizer():
+    """A text encoder is learned for the ids; and the processes of one training must agree on them."""
+    program = (
+        "from studio.bases.tiny import byte_pairs; from studio.data.stickers import vocabulary; "
+        "print(byte_pairs(vocabulary()[:120]))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    tokenizer = word_tokenizer(["cat", "car", "cap", "scat", "aaaa"], 16)
+    for word in ("cat", "car", "cap", "scat", "aaaa"):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
+
+
+def test_networks_taken_for_a_new_training_bring_their_tokenizer(tmp_path):
+    base = StableDiffusion.tiny()
+    base.pipe.save_pretrained(tmp_path / "base")
+    method = method_from({"kind": "scratch", "init_from": str(tmp_path / "base"), "fresh": ["unet"]})
+    begun = method.base(Preset(method=method, base="sticker"))
+    assert begun.pipe.tokenizer.get_vocab() == base.pipe.tokenizer.get_vocab()
+    state, own = begun.pipe.text_encoder.state_dict(), base.pipe.text_encoder.state_dict()
+    assert all(torch.equal(state[name], own[name]) for name in own)
+    save_pipeline(begun, tmp_path / "saved")
+    assert not [file for file in (tmp_path / "saved").rglob("*.json") if str(tmp_path) in file.read_text()]

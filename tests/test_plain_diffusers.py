@@ -21,11 +21,12 @@ PROGRAM = """
 import sys
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-kind, base, lora, prompt, out = sys.argv[1:]
+kind, base, lora, prompt, out, *guidance = sys.argv[1:]
 torch.set_num_threads(1)
 pipe = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_pretrained(base)
 pipe.load_lora_weights(lora)
-pipe(prompt, generator=torch.Generator("cpu").manual_seed(7), num_inference_steps=4).images[0].save(out)
+options = {"guidance_scale": float(guidance[0])} if guidance else {}
+pipe(prompt, generator=torch.Generator("cpu").manual_seed(7), num_inference_steps=4, **options).images[0].save(out)
 assert not [name for name in sys.modules if name.split(".")[0] in ("studio", "trainers")]
 """
 METHODS = {
@@ -76,6 +77,7 @@ def test_plain_diffusers_draws_the_picture_that_the_studio_draws(kind, config, t
         str(tmp_path / "lora"),
         "a dog",
         str(tmp_path / "theirs.png"),
+        *([str(base.guidance)] if base.guidance is not None else []),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

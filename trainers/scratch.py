@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from studio.base import Request
+from studio.bases.folder import forget_origin
 from studio.bases.latent_diffusion import LatentDiffusion
 from studio.bases.registry import load_base
 from studio.bases.sticker import build_sticker
@@ -50,11 +51,11 @@ class Scratch(Method):
             raise PresetError(f"there is no blueprint of a base '{preset.base}'", "there is: sticker")
         base = build_sticker(preset.seed)
         if self.init_from is not None:
-            trained = load_base(self.init_from)
-            for name, module in base.modules.items():
-                if name not in self.fresh:
-                    module.load_state_dict(trained.modules[name].state_dict())
-            base.pipe.vae.register_to_config(scaling_factor=trained.pipe.vae.config.scaling_factor)
+            trained = load_base(self.init_from, dtype=torch.float32, device="cpu")
+            taken = {name: module for name, module in trained.modules.items() if name not in self.fresh}
+            if "text_encoder" in taken:
+                taken["tokenizer"] = trained.pipe.tokenizer  # its ids are what the text encoder was learned for
+            base.pipe.register_modules(**taken)
         return base
 
     def task(self, base: LatentDiffusion, preset: Preset, run: Run) -> AutoencoderTask | DenoiserTask:
@@ -210,3 +211,4 @@ def save_pipeline(base: LatentDiffusion, folder: Path) -> None:
         else:
             part.save_pretrained(folder / name)
     base.pipe.save_config(folder)
+    forget_origin(folder)

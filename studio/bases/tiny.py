@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,29 +30,43 @@ def fixed_seed(seed: int) -> Iterator[None]:
 def word_tokenizer(words: Sequence[str], length: int) -> Any:
     """A `CLIPTokenizer` to which each of the words is one token; any other text falls apart into letters.
 
-    A byte-pair encoding is trained on the words alone until each is whole, so it stays a stock tokenizer.
+    The same words give the same tokenizer: its ids are what a text encoder's weights are learned for.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     marks = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=30_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    letters.train_from_iterator(sorted(words), trainer)
-    learned = json.loads(letters.to_str())["model"]["merges"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learned]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    known = set(tokens)
-    for left, right in merges:
-        if left + right not in known:
-            known.add(left + right)
-            tokens.append(left + right)
-    vocabulary = {token: index for index, token in enumerate([*tokens, *marks])}
+    merges = byte_pairs(words)
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(left + right for left, right in merges)]
+    vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), *marks])}
     tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]
     tokenizer.model_max_length = length
     return tokenizer
+
+
+def byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The merges of a byte-pair encoding (Sennrich et al. 2016) that make each word whole.
+
+    Our own, because the library's trainer breaks ties by the order of a hash table, which differs between processes.
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merged(pieces, best) for pieces in spelled]
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    found: list[str] = []
+    for piece in pieces:
+        if found and (found[-1], piece) == pair:
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return found
 
 
 def tiny_tokenizer() -> Any:
