@@ -58,6 +58,7 @@ class Card(BaseModel):
     steps: int = 0
     library_version: str = ""
     parents: list[dict[str, Any]] = []
+    shared_inputs: dict[str, str] = {}  # site -> the site whose sketches of inputs are its own too
 
 
 @dataclass

@@ -27,6 +27,7 @@ class Site:
     name: str
     module: Any  # a layer of one of LayerShape's kinds
     shape: LayerShape
+    carrier: Any = None  # a module whose call tells what patches here need and the layer is not told: LayerCall.around
 
     @property
     def component(self) -> str:
@@ -50,10 +51,17 @@ def find_sites(components: Mapping[str, nn.Module]) -> dict[str, Site]:
 
 
 class _PatchedForward:
-    """Covers the `forward` of one layer. Lives in the layer's `__dict__` until the last patch is taken off."""
+    """Covers the `forward` of one layer. Lives in the layer's `__dict__` until the last patch is taken off.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Of a layer that returns several things the first is y; the others pass through.
+    """
+
+    def __init__(self, layer: nn.Module, carrier: nn.Module | None = None) -> None:
         self.layer = layer
+        self.around: dict[str, Any] = {}
+        self.watch = (
+            carrier.register_forward_pre_hook(self._remember, with_kwargs=True) if carrier is not None else None
+        )
         self.covered = layer.__dict__.get("forward")  # an instance attribute of somebody else, kept
         self.inner = layer.forward
         self.journal = Journal(layer)
@@ -61,9 +69,12 @@ class _PatchedForward:
         self.fired = False
         layer.forward = self
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _remember(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.around = kwargs
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.fired = True
-        call = LayerCall(self.layer, args, kwargs)
+        call = LayerCall(self.layer, args, kwargs, around=self.around)
         terms = [
             (patch, attachment.weight)
             for patch, attachment in self.terms
@@ -74,17 +85,20 @@ class _PatchedForward:
             u = patch.input_term(_as_patch_dtype(x, patch), call)
             if u is not None:
                 shifted, call.shifted = shifted + (weight * u).to(x.dtype), True
-        y = out = self.inner(shifted, *args, **kwargs)
+        result = self.inner(shifted, *args, **kwargs)
+        y = out = result[0] if isinstance(result, tuple) else result
         for patch, weight in terms:
             v = patch.output_term(_as_patch_dtype(x, patch), y, call)
             if v is not None:
                 out = out + (v if _is(weight, 1.0) else weight * v).to(y.dtype)
-        return out
+        return (out, *result[1:]) if isinstance(result, tuple) else out
 
     def remove(self, attachment: Attachment) -> None:
         self.terms = [term for term in self.terms if term[1] is not attachment]
         self.rewrite()
         if not self.terms:
+            if self.watch is not None:
+                self.watch.remove()
             if self.covered is None:
                 del self.layer.__dict__["forward"]
             else:
@@ -200,7 +214,7 @@ def attach(
         layer = sites[name].module
         forward = layer.__dict__.get("forward")
         if not isinstance(forward, _PatchedForward):
-            forward = _PatchedForward(layer)
+            forward = _PatchedForward(layer, sites[name].carrier)
         device = next(layer.parameters()).device
         forward.terms.extend((_on(patch, device), attachment) for patch in site_patches)
         forwards.append(forward)

@@ -24,14 +24,13 @@ from studio.adapter import BaseIdentity
 from studio.attachment import Site, find_sites
 from studio.errors import AdapterError, PresetError, nearest
 from studio.method import PatchMethod, matches
-from studio.objective import Objective
 
 Condition = dict[str, Tensor]  # per sample: every tensor has B in front
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a base at generation. `seeds` has one seed per picture; sizes are in pixels."""
+    """What is asked of a base at generation. `seeds` has one seed per picture or sound; sizes are in pixels."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -40,9 +39,16 @@ class Request:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    seconds: float | None = None
     on_step: Callable[[int, int], None] | None = None
     on_preview: Callable[[Any], None] | None = None  # gets `previews` intermediate pictures
     previews: int = 5
+    # Clips: how many frames, how many a second, whether they play in a circle, and pictures of frames that are given.
+    frames: int | None = None
+    fps: float | None = None
+    loop: bool = False
+    given: Mapping[int, Any] = field(default_factory=dict)
+    image_guidance: float | None = None
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Base(ABC):
     attention: str = "sdpa"
     notes: list[str] = field(default_factory=list)
     prompts: tuple[str, ...] = ()  # things that it is known to draw
+    guidance: float | None = None  # the scale that suits it, where that is not the pipeline's own default
 
     family: ClassVar[str]
     medium: ClassVar[str] = "image"
@@ -77,25 +84,9 @@ class Base(ABC):
     ) -> Self:
         """The base in a pipeline folder, ready for inference. Raises what the libraries raise: see registry.py."""
 
-    @property
-    @abstractmethod
-    def objective(self) -> Objective: ...
-
-    @abstractmethod
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """Latents of pixels in [-1, 1], (B, 3, H, W), scaled as the denoiser wants them. Deterministic."""
-
-    @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int]) -> Condition:
-        """What the denoiser is told of the prompts, for pictures of `size` = (W, H)."""
-
-    @abstractmethod
-    def predict(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's output for noisy latents at network times (B,)."""
-
     @abstractmethod
     def generate(self, request: Request) -> list[Any]:
-        """PIL pictures, one per prompt, each from `torch.Generator("cpu").manual_seed(seed)`."""
+        """One work of the base's medium per prompt, PIL pictures or sounds, each a function of its own seed."""
 
     # -- what follows from it ----------------------------------------------------------------------------------
 
@@ -120,6 +111,10 @@ class Base(ABC):
 
     def sites(self) -> dict[str, Site]:
         return find_sites(self.components)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Makes the denoiser compute activations again in the backward pass instead of keeping them."""
+        self.denoiser.enable_gradient_checkpointing()
 
     def select(self, targets: Sequence[str], kinds: Sequence[str] = PatchMethod.kinds) -> dict[str, Site]:
         """The sites of these kinds that match the targets: groups of this family, or patterns of names.

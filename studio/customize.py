@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from studio.adapter import Card, load_adapter, new_adapter
-from studio.attachment import attach
+from studio.adapter import Card
+from studio.adapting import AdapterTraining
 from studio.base import Condition, Request
 from studio.bases.latent_diffusion import LatentDiffusion
 from studio.data.cache import Cache
@@ -24,14 +22,13 @@ from studio.data.order import Order
 from studio.data.pictures import Picture, PictureSet, load_mask, load_pixels
 from studio.data.sticker_pool import to_pixels
 from studio.errors import WorkError
-from studio.fit import Group, Task
 from studio.inputs import base_inputs
 from studio.keyed import torch_generator
 from studio.method import PatchMethod
-from studio.patch import Patch
 from studio.preset import Preset
 from studio.run import Event, Run
 from studio.samples import save_picture
+from studio.sketching import concept_inputs, generic_inputs, sketches_of
 from studio.words import PAIR, WordAttachment, fresh_words, layerwise_words
 
 VALIDATION_DRAWS = 8  # noises and times per held-out picture
@@ -50,7 +47,7 @@ class Example:
     masks: list[Tensor] | None = None
 
 
-class AdapterTask(Task):
+class AdapterTask(AdapterTraining):
     """Trains the patches (and learned words) of one adapter on a set of pictures."""
 
     def __init__(
@@ -63,11 +60,10 @@ class AdapterTask(Task):
         card: Card,
         cache: Cache,
     ) -> None:
-        self.method, self.base, self.preset, self.run = method, base, preset, run
-        self.cache = cache
-        self.sites = base.select(method.target_modules, method.kinds)
-        layers = {name: site.module for name, site in self.sites.items()}
-        self.adapter = new_adapter(card, layers, base_inputs(base, self.sites, cache) if method.needs_inputs else {})
+        self.base, self.cache = base, cache
+        super().__init__(
+            method, base, preset, run, card, base_inputs(base, method.sites(base), cache) if method.needs_inputs else {}
+        )
         if preset.learned_words_layerwise:
             vectors = preset.learned_words or PAIR
             self.adapter.words = layerwise_words(base, card.trigger, card.class_word, vectors, preset.seed)
@@ -76,7 +72,6 @@ class AdapterTask(Task):
         self.encodes_in_loop = bool(self.adapter.words) or any(
             site.component in base.text_encoder_names for site in self.sites.values()
         )
-        self.attachment = attach(self.sites, self.adapter.by_site(), train=True)
         self.words = WordAttachment(base, self.adapter.words)
         self.pictures, self.held_out_pictures = pictures.pictures, pictures.held_out
         self.conditions: dict[tuple[str, tuple[int, int]], Condition] = {}
@@ -95,9 +90,8 @@ class AdapterTask(Task):
         yield from self._draw_prior()
         self.attachment.weight = 1.0
         buckets = [example.bucket for example in self.examples]
-        processes = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         self.order = Order(
-            buckets[:subjects], self.preset.batch_size * processes, self.preset.seed, prior=buckets[subjects:]
+            buckets[:subjects], self.preset.batch_size * self.processes(), self.preset.seed, prior=buckets[subjects:]
         )
         if repeats := self.order.repeats():
             text = f"each round shows {repeats} pictures again, so that every batch is full and of one size"
@@ -156,49 +150,7 @@ class AdapterTask(Task):
         prompts = self.preset.data.prior.prompts or self.base.prompts or ("a {class}",)
         return [self._fill(prompt) for prompt in prompts]
 
-    def _fill(self, text: str) -> str:
-        return text.replace("{trigger}", self.adapter.card.trigger).replace("{class}", self.adapter.card.class_word)
-
     # -- what the loop asks ------------------------------------------------------------------------------------
-
-    @property
-    def patches(self) -> dict[str, Patch]:
-        """By site; an adapter in training has one term on each."""
-        return {site: terms["main"] for site, terms in self.adapter.patches.items()}
-
-    def groups(self) -> list[Group]:
-        patches = {
-            f"{site}.main.{name}": parameter
-            for site, patch in self.patches.items()
-            for name, parameter in patch.named_parameters()
-        }
-        words: dict[str, Any] = {f"{e}.{w}": v for e, ws in self.adapter.words.items() for w, v in ws.items()}
-        groups = [Group(patches)]
-        if words:
-            assert self.preset.learning_rate is not None
-            groups.append(Group(words, self.preset.learned_words_lr / self.preset.learning_rate))
-        return groups
-
-    def restore(self, folder: Path) -> None:
-        """Takes the patches from the checkpoint, whose sizes may be others by now."""
-        stored = load_adapter(folder / "adapter.safetensors").patches
-        self.adapter.patches = {site: stored[site] for site in self.sites}  # sums over them keep their order
-        self.attachment.detach()
-        self.attachment = attach(self.sites, self.adapter.by_site(), train=True)
-
-    def reselect(self, step: int) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        patches = self.patches
-        return {
-            f"{site}.main.{name}": (patches[site].get_parameter(name), positions)
-            for site, kept in self.method.reselect(patches, step, self.preset.steps).items()
-            for name, positions in kept.items()
-        }
-
-    def penalise(self, step: int) -> None:
-        self.method.penalise(self.patches, step, self.preset.seed)
-
-    def updated(self) -> None:
-        self.attachment.refresh()
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
@@ -278,25 +230,24 @@ class AdapterTask(Task):
         self._train_mode(True)
         self.attachment.weight = 1.0
 
-    def _train_mode(self, on: bool) -> None:
-        for patch in self.patches.values():
-            patch.train(on)  # dropout
-
-    def save(self, folder: Path, step: int) -> Path:
-        self.adapter.card.steps = step
-        self.adapter.save(folder / "adapter.safetensors")
-        return folder / "adapter.safetensors"
-
-    def check_first_step(self) -> None:
-        names = {site.module: name for name, site in self.sites.items()}
-        silent = self.attachment.silent_sites(names)
-        if silent:
-            raise WorkError(
-                f"{len(silent)} of {len(self.sites)} patched layers were never reached, first '{silent[0]}'",
-                hint="leave them out of method.target_modules",
-            )
+    def sketch_inputs(self) -> Iterator[Event]:
+        """Puts sketches of the layers' inputs into the adapter, as it stands; yields a `warning` where it cannot."""
+        if not self.preset.sketches:
+            return
+        card = self.adapter.card
+        self._train_mode(False)
+        try:
+            concept = concept_inputs(self.base, self.sites, card.trigger)
+            self.attachment.weight = 0.0
+            generic = generic_inputs(self.base, self.sites, self.cache)
+            card.shared_inputs, self.adapter.sketches = sketches_of(concept, generic, self.preset.sketches)
+        except WorkError as error:
+            text = f"the adapter carries no sketches of its layers' inputs: {error.message}"
+            yield Event("warning", card.steps, {"text": text})
+        finally:
+            self.attachment.weight = 1.0
+            self._train_mode(True)
 
     def close(self) -> None:
-        """Takes everything off the base again."""
-        self.attachment.detach()
+        super().close()
         self.words.detach()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -83,6 +84,30 @@ def merged_words(uses: Sequence[Use]) -> dict[str, dict]:
     return words
 
 
+@dataclass(frozen=True)
+class Works:
+    """What a base of some medium makes: how it is called, named, described and written."""
+
+    noun: str
+    paths: Callable[[Path | None, int, str, bool], list[Path]]
+    facts: Callable[[Request, int, Base, Sequence[Use]], dict]
+    save: Callable[[Any, Path, dict], None]
+
+
+def works_of(base: Base) -> Works:
+    if base.medium == "audio":
+        from studio.data.sounds import save_sound
+
+        return Works("sounds", sound_paths, sound_facts, save_sound)
+    if base.medium == "video":
+        from studio.data.clip_files import save_clip
+
+        return Works("clips", clip_paths, clip_facts, save_clip)
+    from studio.samples import save_image
+
+    return Works("pictures", picture_paths, facts_of, save_image)
+
+
 def missing_triggers(prompt: str, uses: Sequence[Use]) -> list[str]:
     """A line for each adapter that the prompt does not call by its word."""
     words = [(use.name, word) for use in uses for word in use.adapter.card.trigger.split(", ")]  # a merge has several
@@ -100,7 +125,7 @@ def facts_of(request: Request, index: int, base: Base, uses: Sequence[Use]) -> d
         "negative": request.negative,
         "seed": request.seeds[index],
         "steps": request.steps,
-        "guidance": request.guidance,
+        "guidance": base.guidance if request.guidance is None else request.guidance,
         "width": request.width,
         "height": request.height,
         "base": base.name,
@@ -108,6 +133,71 @@ def facts_of(request: Request, index: int, base: Base, uses: Sequence[Use]) -> d
         "scheduler": type(base.pipe.scheduler).__name__,
         "adapters": [{"name": use.name, "weight": use.weight, "trigger": use.adapter.card.trigger} for use in uses],
     }
+
+
+def sound_facts(request: Request, index: int, base: Base, uses: Sequence[Use]) -> dict:
+    """The same for a sound."""
+    return {
+        "prompt": request.prompts[index],
+        "seed": request.seeds[index],
+        "guidance": base.guidance if request.guidance is None else request.guidance,
+        "seconds": request.seconds,
+        "base": base.name,
+        "base_values": base.identity().values[:32],
+        "licence": base.licence,
+        "adapters": [{"name": use.name, "weight": use.weight, "trigger": use.adapter.card.trigger} for use in uses],
+    }
+
+
+def given_frames(
+    texts: Sequence[str], base: Base, frames: int | None, fps: float | None, loop: bool
+) -> dict[int, Image.Image]:
+    """Pictures of given frames by index, from `INDEX=FILE`. Raises RequestError, also for a base without clips."""
+    if base.medium != "video":
+        if texts or frames is not None or fps is not None or loop:
+            raise RequestError(f"'{base.name}' makes no clips", "give a clip base with --base; see 'studio bases'")
+        return {}
+    pictures = {}
+    for text in texts:
+        index, equals, name = text.partition("=")
+        if not equals or not index.isdigit():
+            raise RequestError(f"--given '{text}' is not of the form INDEX=FILE", "for example --given 0=first.png")
+        if not Path(name).is_file():
+            raise RequestError(f"there is no picture '{name}'", "check the path")
+        from studio.data.clips import walk
+
+        pictures[int(index)] = next(walk(Path(name)))[0]
+    return pictures
+
+
+def clip_facts(request: Request, index: int, base: Base, uses: Sequence[Use]) -> dict:
+    """The same for a clip."""
+    own = {"frames": request.frames, "fps": request.fps, "loop": request.loop, "given": sorted(request.given)}
+    return facts_of(request, index, base, uses) | own
+
+
+def clip_paths(out: Path | None, count: int, prompt: str, force: bool) -> list[Path]:
+    """Where `count` clips go, as `picture_paths`."""
+    from studio.data.clip_files import CLIP_ENDINGS
+    from studio.files import slugify
+
+    out = out or Path(f"{slugify(prompt)[:40]}.webp")
+    if out.suffix and out.suffix.lower() not in CLIP_ENDINGS:
+        raise RequestError(f"cannot write clips as '{out.suffix}'", f"use {', '.join(CLIP_ENDINGS)}")
+    return _numbered(out, count, ".webp", force)
+
+
+SOUND_ENDINGS = (".wav", ".flac")
+
+
+def sound_paths(out: Path | None, count: int, prompt: str, force: bool) -> list[Path]:
+    """Where `count` sounds go, as `picture_paths`."""
+    from studio.files import slugify
+
+    out = out or Path(f"{slugify(prompt)[:40]}.wav")
+    if out.suffix and out.suffix.lower() not in SOUND_ENDINGS:
+        raise RequestError(f"cannot write sounds as '{out.suffix}'", f"use {' or '.join(SOUND_ENDINGS)}")
+    return _numbered(out, count, ".wav", force)
 
 
 def picture_paths(out: Path | None, count: int, prompt: str, force: bool) -> list[Path]:
@@ -121,9 +211,15 @@ def picture_paths(out: Path | None, count: int, prompt: str, force: bool) -> lis
             known = "a sound or video format" if out.suffix.lower() in (".wav", ".mp4", ".flac", ".webm") else "unknown"
             raise RequestError(f"cannot write pictures as '{out.suffix}': {known}", "use .png, .jpg or .webp")
         assert formats
+    return _numbered(out, count, ".png", force)
+
+
+def _numbered(out: Path, count: int, ending: str, force: bool) -> list[Path]:
+    """One file, numbered files, or files in a folder. Raises RequestError for what exists."""
+    if out.suffix:
         paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{number:03d}") for number in range(count)]
     else:
-        paths = [out / f"{number:03d}.png" for number in range(count)]
+        paths = [out / f"{number:03d}{ending}" for number in range(count)]
     existing = next((path for path in paths if path.exists()), None)
     if existing is not None and not force:
         raise RequestError(f"'{existing}' exists already", "choose another --out, or overwrite with --force")

@@ -195,11 +195,21 @@ def _geometry(shape: LayerShape) -> tuple[Any, ...]:
     return (shape.in_features, kernel, shape.stride, shape.padding, shape.dilation, shape.padding_mode)
 
 
-def base_inputs(base: Base, sites: Mapping[str, Site], cache: Cache) -> dict[str, Tensor]:
-    """The second moments (I, I) of the sites' inputs on the base alone, by RECIPE; kept in the cache, each once."""
+def base_inputs(
+    base: Base,
+    sites: Mapping[str, Site],
+    cache: Cache,
+    prompts: Sequence[str] = GENERIC_PROMPTS,
+    steps: int = 10,
+    recipe: str = RECIPE,
+) -> dict[str, Tensor]:
+    """The second moments (I, I) of the sites' inputs on the base alone; kept in the cache, each once.
+
+    `recipe` names the prompts and steps. Layers that share their input get the very same tensor.
+    """
 
     def compute() -> dict[str, Tensor]:
-        grams = record_inputs(base, sites)
+        grams = record_inputs(base, sites, prompts, steps=steps)
         distinct = {id(gram): gram.matrix for gram in grams.values()}
         places = {key: place for place, key in enumerate(distinct)}
         index = torch.tensor([places[id(gram)] for gram in grams.values()])
@@ -207,7 +217,7 @@ def base_inputs(base: Base, sites: Mapping[str, Site], cache: Cache) -> dict[str
 
     identity = base.identity()
     names = [name for name, site in sites.items() if site.shape.kind in KINDS]
-    key = "|".join(("inputs", identity.architecture, identity.values, RECIPE, *names))
+    key = "|".join(("inputs", identity.architecture, identity.values, recipe, *names))
     found = cache.get(key, compute)
     return {name: found[str(int(place))] for name, place in zip(names, found["index"], strict=True)}
 
@@ -276,13 +286,35 @@ def sketch(gram: Gram | Tensor, rank: int) -> Sketch:
 
     Every direction if `rank` is not below I; then it is C itself, to rounding.
     """
-    matrix = gram.matrix if isinstance(gram, Gram) else gram
-    energies, directions = torch.linalg.eigh(matrix.double())
-    kept = min(rank, len(energies))
-    largest = energies.flip(0)[:kept].clamp(min=0)
-    rest = len(energies) - kept
-    residual = (energies[:rest].clamp(min=0).sum() / rest) if rest else torch.zeros((), dtype=torch.float64)
-    return Sketch(directions.flip(1)[:, :kept].float(), largest.float(), residual.float())
+    matrix = (gram.matrix if isinstance(gram, Gram) else gram).double()
+    width = len(matrix)
+    kept = min(rank, width)
+    largest, directions = _leading(matrix, kept)
+    rest = width - kept
+    residual = (matrix.trace() - largest.sum()).clamp(min=0) / rest if rest else torch.zeros((), dtype=torch.float64)
+    return Sketch(directions.float(), largest.float(), residual.float())
+
+
+WHOLE_UP_TO = 512  # an eigendecomposition of more takes seconds on one core
+ROUNDS = 8
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest energies, falling, and their directions; those of a wide matrix by subspace iteration.
+
+    The iteration gives orthonormal directions that hold a little less energy than the best ones: 6e-4 of the trace less
+    for energies that fall by a factor of 1000 over 768 directions, slower than those of inputs do.
+    """
+    width = len(matrix)
+    wider = count + 16
+    if width <= WHOLE_UP_TO or 4 * wider > width:
+        energies, directions = torch.linalg.eigh(matrix)
+        return energies.flip(0)[:count].clamp(min=0), directions.flip(1)[:, :count]
+    basis = torch.randn(width, wider, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    energies, turn = torch.linalg.eigh(basis.T @ matrix @ basis)
+    return energies.flip(0)[:count].clamp(min=0), (basis @ turn).flip(1)[:, :count]
 
 
 def sketches_in(tensors: Mapping[str, Tensor]) -> dict[str, Sketch]:

@@ -62,6 +62,7 @@ class PatchMethod(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "conv2d", "conv3d")  # of layers that it serves
     trainable: ClassVar[bool] = True  # False for a kind that only holds finished changes
+    has_weight_form: ClassVar[bool] = True  # False where patches are inserted modules, no change of weights
 
     target_modules: tuple[str, ...] = Field(
         ("attention",),
@@ -69,10 +70,15 @@ class PatchMethod(Method):
         "all) or names with * and ?, matched at the end of the site's name.",
     )
 
-    @field_validator("target_modules", mode="before")
+    @field_validator("target_modules", mode="before", check_fields=False)
     @classmethod
     def _one_word_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    def sites(self, base: Any) -> dict[str, Any]:
+        """The sites of a base that are patched, by name. Raises PresetError where there are none."""
+        sites: dict[str, Any] = base.select(self.target_modules, self.kinds)
+        return sites
 
     def patch(self, name: str, shape: LayerShape, origin: Origin, weight: Tensor | None = None) -> Patch:
         """A fresh patch for the site `name`, the same bits for the same arguments. It changes nothing yet.

@@ -23,9 +23,10 @@ NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 class LayerShape:
     """All that a patch must know of its layer: kind and geometry, no values.
 
-    `kind` is "linear", "conv1d", "conv2d", "conv3d", "embedding" or "norm". `weight` is the shape of the layer's
-    weight: (O, I) for a linear layer, (O, I / groups, k, ...) for a convolution, (N, D) for an embedding of N entries,
-    (C,) for a norm over C channels.
+    `kind` is "linear", "conv1d", "conv2d", "conv3d", "embedding", "norm" or "block". `weight` is the shape of the
+    layer's weight: (O, I) for a linear layer, (O, I / groups, k, ...) for a convolution, (N, D) for an embedding of N
+    entries, (C,) for a norm over C channels. A block is a module of several layers that takes and returns hidden states
+    of width C; it has no weight of its own, and `weight` is (C,). Families name their blocks.
     """
 
     kind: str
@@ -78,13 +79,20 @@ class LayerShape:
 class LayerCall:
     """The call of the patched layer, beside its input: what DoRA, region masks and causal state need.
 
-    `layer` holds the pristine weight. `shifted` says that input terms were added, so that y is not layer(x).
+    `layer` holds the pristine weight. `shifted` says that input terms were added, so that y is not layer(x). `around`
+    is what the site's carrier was last called with: a module around or before the layer that is told more than it.
     """
 
     layer: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     shifted: bool = False
+    around: dict[str, Any] = field(default_factory=dict)
+
+    def told(self, name: str) -> Any:
+        """A keyword argument of the layer, or of its carrier; None where neither has it."""
+        own = self.kwargs.get(name)
+        return own if own is not None else self.around.get(name)
 
 
 class Patch(nn.Module):

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from studio.customize import AdapterTask
+from studio.adapting import AdapterTraining
 from studio.data.cache import Cache
 from studio.errors import PresetError, StudioError
 from studio.fit import fit, peak_memory_gib
 from studio.method import PatchMethod
 from studio.run import Run
-from studio.training import Order, plan
+from studio.training import Order, adapter_training, plan
 
 PROBE_STEPS = 2
 
@@ -32,11 +32,11 @@ def preflight(order: Order) -> dict[str, Any]:
         "method": preset.method.kind,
         "changed": training.changes,
         "attention": training.base.notes[-1] if training.base.notes else "",
-        "pictures": len(pictures.pictures),
+        pictures.noun: pictures.count,
         "held out": len(pictures.held_out),
         "left out": [f"'{name}' {reason}" for name, reason in pictures.report.dropped],
         "warning": list(pictures.report.warnings),
-        "bucket": [f"{w}x{h}: {count}" for (w, h), count in sorted(pictures.report.buckets.items())],
+        "bucket": [f"{size}: {count}" for size, count in pictures.report.to_dict()["buckets"].items()],
         "trigger": training.card.trigger,
     }
     with tempfile.TemporaryDirectory() as name:
@@ -51,7 +51,8 @@ def preflight(order: Order) -> dict[str, Any]:
         )
         run = Run(folder / "run")
         run.prepare()
-        task = AdapterTask(preset.method, training.base, probe, run, pictures, training.card, Cache(folder / "cache"))
+        cache = Cache(folder / "cache")
+        task = adapter_training(preset.method, training.base, probe, run, pictures, training.card, cache)
         for _ in task.prepare():
             pass
         stamps = [
@@ -68,7 +69,7 @@ def preflight(order: Order) -> dict[str, Any]:
     return report
 
 
-def _rehearse(task: AdapterTask, base: Any, target: str, out: Path) -> str:
+def _rehearse(task: AdapterTraining, base: Any, target: str, out: Path) -> str:
     from studio.exporting import export_adapter
 
     try:

@@ -36,10 +36,14 @@ class Prior(_Settings):
 class Data(_Settings):
     """What to train on."""
 
-    source: Literal["pictures", "stickers"] = Field(
-        "pictures", description="A folder of pictures, or the procedural sticker world."
+    source: Literal["pictures", "stickers", "clips", "motions"] = Field(
+        "pictures",
+        description="A folder of pictures or of clips, or drawn by the studio: the sticker world, or moving stickers.",
     )
-    path: str | None = Field(None, description="The folder of pictures, only read. {assets} is the studio's own data.")
+    path: str | None = Field(
+        None, description="The folder of pictures or sounds, only read. {assets} is the studio's own data."
+    )
+    seconds: float = Field(10.0, gt=0, le=60, description="Sounds: recordings are cut into pieces of this length.")
     resolution: int | None = Field(None, ge=16, le=8192, description="Side in pixels. Default: the base's own.")
     caption: str = Field(
         "{trigger}",
@@ -60,6 +64,8 @@ class Data(_Settings):
     fill: float | None = Field(None, gt=0, le=1, description="Stickers: its size there, as a fraction of the picture.")
     pool: int = Field(2048, ge=1, description="Stickers: pictures kept encoded at a time.")
     refresh: int = Field(8, ge=0, description="Stickers: pictures of the pool that are drawn anew at each step.")
+    frames: int = Field(8, ge=1, le=64, description="Clips: most frames of one; longer ones give their key frames.")
+    stills: float = Field(0.2, ge=0, le=1, description="Moving stickers: share of clips with a single frame.")
     prior: Prior = Prior()
 
 
@@ -129,9 +135,17 @@ class Preset(Schedule):
         "a pair that starts as a random vector and the class word's. Stable Diffusion 1 and 2 only; no export.",
     )
     learned_words_lr: float = Field(5e-3, gt=0, description="Learning rate of the learned words.")
+    sketches: int = Field(
+        32,
+        ge=0,
+        le=4096,
+        description="Directions of each layer's inputs that the adapter's file tells of, for merging without base and "
+        "data. They come from generated pictures. 0: none.",
+    )
     sample_prompts: tuple[str, ...] = Field(("{trigger}",), description="What to draw during training.")
     sample_steps: int | None = Field(None, ge=1, description="Sampling steps of those pictures.")
-    export: tuple[Literal["diffusers", "kohya", "diff", "checkpoint"], ...] = Field(
+    sample_seconds: float | None = Field(None, gt=0, description="Length of those sounds. Default: the base's own.")
+    export: tuple[Literal["diffusers", "kohya", "peft", "diff", "checkpoint"], ...] = Field(
         (), description="Formats to export to at the end."
     )
 

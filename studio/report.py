@@ -42,6 +42,7 @@ def write_report(run: Run) -> None:
         "<h2>Loss</h2>" + loss_curve(steps, [e for e in history if e["kind"] == "validation"]),
         "<h2>Samples</h2><p>Rows are steps, the first is the base alone; each has the same prompts and noise.</p>"
         + _sample_grid(run, [e for e in history if e["kind"] == "sample"]),
+        *(_text(path) for path in sorted((run.folder / "sections").glob("*.html"))),  # what a task tells of itself
         _card(run),
         _list("Warnings", [e.get("text", "") for e in history if e["kind"] == "warning"]),
         f"<h2>Settings</h2><pre>{html.escape(_text(run.preset_path))}</pre>",
@@ -79,6 +80,8 @@ def _sample_grid(run: Run, samples: list[dict[str, Any]]) -> str:
 
 
 def _picture(run: Run, event: dict[str, Any]) -> str:
+    if event["path"].endswith(".wav"):
+        return _sound(run, event)
     try:
         picture = Image.open(run.folder / event["path"]).convert("RGB")
     except OSError:
@@ -88,6 +91,14 @@ def _picture(run: Run, event: dict[str, Any]) -> str:
     picture.save(buffer, "WEBP", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<img alt='{html.escape(event['prompt'], quote=True)}' src='data:image/webp;base64,{data}'>"
+
+
+def _sound(run: Run, event: dict[str, Any]) -> str:
+    try:
+        data = base64.b64encode((run.folder / event["path"]).read_bytes()).decode()
+    except OSError:
+        return "missing"
+    return f"<audio controls src='data:audio/wav;base64,{data}'></audio>"
 
 
 def _card(run: Run) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ from accelerate.state import AcceleratorState
 import studio
 from studio import library
 from studio.adapter import Card
+from studio.adapting import AdapterTraining
 from studio.base import Base
 from studio.bases.registry import load_base
 from studio.customize import AdapterTask
 from studio.data.cache import Cache
-from studio.data.pictures import Picture, PictureSet, fingerprint_of, scan
+from studio.data.pictures import PictureSet, scan
+from studio.data.recordings import SoundSet, scan_recordings
 from studio.errors import PresetError, RequestError
 from studio.files import slug, slugify
 from studio.fit import Task, fit
 from studio.keyed import key_of
-from studio.method import Origin, PatchMethod
+from studio.method import Method, Origin, PatchMethod, methods
+from studio.music.task import SoundTask, refuse_picture_settings
 from studio.paths import assets_dir, studio_home
 from studio.preset import Preset, apply_settings, make_preset, read_preset
 from studio.report import write_report
@@ -72,12 +75,17 @@ def resolve(order: Order) -> tuple[Preset, list[str]]:
 def _with_method(content: dict[str, Any], original: Preset, kind: str) -> dict[str, Any]:
     """The preset's method replaced by `kind` with its own defaults and learning rate, at the same layers."""
     replaced: dict[str, Any] = {"kind": kind}
-    if isinstance(original.method, PatchMethod):
+    if _names_layers(type(original.method)) and _names_layers(methods().get(kind)):
+        assert isinstance(original.method, PatchMethod)
         replaced["target_modules"] = list(original.method.target_modules)
     changed = {**content, "method": replaced}
     if kind != original.method.kind:
         changed.pop("learning_rate", None)
     return changed
+
+
+def _names_layers(method: type[Method] | None) -> bool:
+    return method is None or "target_modules" in method.model_fields
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -119,7 +127,7 @@ class Training:
     name: str
     accelerator: Accelerator
     card: Card | None = None
-    pictures: PictureSet | None = None
+    pictures: PictureSet | SoundSet | None = None
     resume: bool = False
 
     def events(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -141,7 +149,7 @@ class Training:
         if isinstance(self.preset.method, PatchMethod):
             assert self.pictures is not None
             assert self.card is not None
-            adapter_task = AdapterTask(
+            adapter_task = adapter_training(
                 self.preset.method, self.base, self.preset, self.run, self.pictures, self.card, cache
             )
             task: Task = adapter_task
@@ -152,16 +160,16 @@ class Training:
         else:
             task = self.preset.method.task(self.base, self.preset, self.run)
         if self.preset.gradient_checkpointing:
-            self.base.denoiser.enable_gradient_checkpointing()
+            self.base.enable_gradient_checkpointing()
         try:
             for event in fit(task, self.preset, self.run, self.accelerator, self.resume, should_stop):
                 if event.kind == "finished":
-                    if isinstance(task, AdapterTask) and self.accelerator.is_main_process:
+                    if isinstance(task, AdapterTraining) and self.accelerator.is_main_process:
                         yield from task.sketch_inputs()
                     event = Event("finished", event.step, {**self._finish(task), **event.data})
                 yield event
         finally:
-            if isinstance(task, AdapterTask):
+            if isinstance(task, AdapterTraining):
                 task.close()
             if self.accelerator.is_main_process:
                 write_report(self.run)
@@ -177,15 +185,16 @@ class Training:
         if not self.accelerator.is_main_process:
             return {}
         saved = task.save(self.run.folder, self.preset.steps)
-        if not isinstance(task, AdapterTask):
+        if not isinstance(task, AdapterTraining):
             return {"base": str(saved)}
-        before_after(self.run)
+        if self.base.medium == "image":
+            before_after(self.run)
         preview = next(iter(sorted(self.run.samples.glob(f"{self.preset.steps:06d}-*.png"))), None)
         facts = {"run": str(self.run.folder.resolve()), "base": self.preset.base}
         stored = library.add(self.name, self.run.adapter_path, facts, preview)
         return {"adapter": str(self.run.adapter_path), "library": str(stored), "exports": self._export(task)}
 
-    def _export(self, task: AdapterTask) -> dict[str, str]:
+    def _export(self, task: AdapterTraining) -> dict[str, str]:
         from studio.exporting import export_adapter
 
         task.close()
@@ -195,6 +204,21 @@ class Training:
             export_adapter(task.adapter, self.base, target, out, force=True)
             exports[target] = str(out)
         return exports
+
+
+def adapter_training(
+    method: PatchMethod,
+    base: Any,
+    preset: Preset,
+    run: Run,
+    examples: PictureSet | SoundSet,
+    card: Card,
+    cache: Cache,
+) -> AdapterTraining:
+    """The task for a base of this medium. Raises PresetError for settings that do not fit it."""
+    if isinstance(examples, SoundSet):
+        return SoundTask(method, base, preset, run, examples, card, cache)
+    return AdapterTask(method, base, preset, run, examples, card, cache)
 
 
 def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
@@ -220,6 +244,9 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     base = load_base(preset.base).to(accelerator.device)
     base.notes.append(base.choose_attention())
     preset = _exportable(preset, order.method is not None, changes)
+    if base.medium == "audio":
+        assert isinstance(preset.method, PatchMethod)
+        refuse_picture_settings(preset.method, preset)
     _refuse_prior_of_nothing(preset, base)
     pictures, trigger = _scan(preset, base, order.name, looking)
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
@@ -229,7 +256,7 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     return Training(preset, changes, base, _run(run_folder, name), name, accelerator, card, pictures)
 
 
-LORA_FORMATS = ("diffusers", "kohya")
+LORA_FORMATS = ("diffusers", "kohya", "peft")
 
 
 def _exportable(preset: Preset, chosen: bool, changes: list[str]) -> Preset:
@@ -259,10 +286,10 @@ def _refuse_prior_of_nothing(preset: Preset, base: Base) -> None:
         )
 
 
-def _settled(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Preset:
+def _settled(preset: Preset, base: Base, pictures: PictureSet | SoundSet, trigger: str) -> Preset:
     """The preset with its method resolved on the base. Raises PresetError."""
     assert isinstance(preset.method, PatchMethod)
-    sites = base.select(preset.method.target_modules, preset.method.kinds)
+    sites = preset.method.sites(base)
     origin = Origin(_concept(pictures, trigger), preset.seed)
     return preset.model_copy(update={"method": preset.method.resolved(sites, base.identity(), origin)})
 
@@ -277,7 +304,7 @@ def _with_rate(preset: Preset, changes: list[str]) -> Preset:
     return preset.model_copy(update={"learning_rate": rate})
 
 
-def _concept(pictures: PictureSet, trigger: str) -> str:
+def _concept(pictures: PictureSet | SoundSet, trigger: str) -> str:
     return f"{pictures.fingerprint}:{trigger}"
 
 
@@ -304,34 +331,28 @@ def plan_resume(folder: Path, looking: Looking = lambda done, total: None) -> Tr
     return Training(preset, [], base, run, name, accelerator, card, pictures, resume=True)
 
 
-def _scan(preset: Preset, base: Any, name: str | None, looking: Looking) -> tuple[PictureSet, str]:
-    """The pictures with their captions, and the trigger word that is in them."""
+def _scan(preset: Preset, base: Any, name: str | None, looking: Looking) -> tuple[PictureSet | SoundSet, str]:
+    """The pictures or sounds with their captions, and the trigger word that is in them."""
     if preset.data.path is None:
-        raise PresetError("there is nothing to train on", "give a folder of pictures with --data")
+        raise PresetError("there is nothing to train on", "give a folder of pictures or sounds with --data")
     folder = Path(preset.data.path.replace("{assets}", str(assets_dir()))).expanduser()
-    resolution = preset.data.resolution or base.resolution
-
     trigger = preset.data.trigger or "".join(letter for letter in (name or "").lower() if letter.isalnum())
     fill = {"trigger": trigger or "{trigger}", "class": preset.data.class_word}
-    found = scan(folder, preset.data, fill, resolution, base.size_multiple, looking)
+    found: PictureSet | SoundSet
+    if base.medium == "audio":
+        found = scan_recordings(folder, preset.data, fill, looking)
+    else:
+        resolution = preset.data.resolution or base.resolution
+        found = scan(folder, preset.data, fill, resolution, base.size_multiple, looking)
     if trigger:
         return found, trigger
     trigger = fresh_trigger(found.fingerprint)  # known only now, so the captions still have its place holder
-    return _with_trigger(found, trigger), trigger
+    return found.with_captions(lambda caption: caption.replace("{trigger}", trigger)), trigger
 
 
-def _with_trigger(found: PictureSet, trigger: str) -> PictureSet:
-    def filled(pictures: list[Picture]) -> list[Picture]:
-        return [replace(picture, caption=picture.caption.replace("{trigger}", trigger)) for picture in pictures]
-
-    pictures = filled(found.pictures)
-    fingerprint = fingerprint_of(pictures)  # as a later scan with the word will find it
-    return replace(found, pictures=pictures, held_out=filled(found.held_out), fingerprint=fingerprint)
-
-
-def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Card:
+def _card(preset: Preset, base: Base, pictures: PictureSet | SoundSet, trigger: str) -> Card:
     assert isinstance(preset.method, PatchMethod)
-    sites = base.select(preset.method.target_modules, preset.method.kinds)
+    sites = preset.method.sites(base)
     shown = preset.model_dump(mode="json")
     shown["data"] = {**shown["data"], "path": None}  # folders can tell more than their owner wants
     shown["base"] = base.identity().name
@@ -343,7 +364,7 @@ def _card(preset: Preset, base: Base, pictures: PictureSet, trigger: str) -> Car
         class_word=preset.data.class_word,
         concept=_concept(pictures, trigger),
         data_fingerprint=pictures.fingerprint,
-        data_count=len(pictures.pictures),
+        data_count=pictures.count,
         preset=shown,
         seed=preset.seed,
         library_version=studio.__version__,

@@ -17,9 +17,11 @@ from studio.errors import BaseError
 from studio.files import is_pickle
 
 INDEX = "model_index.json"
+CONFIG = "config.json"  # what a folder of transformers has instead: one network, with all it needs
 PROMPTS = "prompts.txt"  # ours: what the base is known to draw, a prompt a line
 #: Parts of published pipelines that no family loads: a censor, and what only picture prompts need.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+OWN = "studio.bases."  # the module of networks that the studio itself brings
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 NO_PICKLES = "pickles can run code when they are opened, so the studio never does; take a .safetensors version of it"
 
@@ -38,13 +40,16 @@ class PipelineFolder:
 
 
 def open_folder(path: Path) -> PipelineFolder:
-    """Checks a pipeline folder. Raises BaseError for a missing, foreign or damaged part, naming it."""
+    """Checks a folder. Raises BaseError for a missing, foreign or damaged part, naming it."""
+    if whole := whole_network_in(path):
+        variant = "fp16" if _check_network(path) else None
+        return PipelineFolder(path, whole, variant, licence_in(path))
     index = _read_json(path / INDEX, path)
     halves = set()
-    for part, library, class_name in parts_of(index, path):
+    for part, _, class_name in parts_of(index, path):
         if not (path / part).is_dir():
             raise BaseError(f"'{path}' is not complete: its part '{part}' is missing", "copy or download it again")
-        if library in ("diffusers", "transformers") and _is_network(class_name):
+        if _is_network(class_name):
             halves.add(_check_network(path / part))
     variant = "fp16" if True in halves else None
     return PipelineFolder(path, str(index["_class_name"]), variant, licence_in(path))
@@ -59,13 +64,34 @@ def parts_of(index: dict[str, Any], path: Path) -> list[tuple[str, str, str]]:
         library, class_name = value
         if library is None or class_name is None:
             continue
-        if library not in ("diffusers", "transformers"):
+        if not _is_known(library):
             raise BaseError(
                 f"'{path}' wants code of its own for its part '{name}' ({library}.{class_name})",
                 hint="the studio runs no code that comes with weights",
             )
         parts.append((name, str(library), str(class_name)))
     return parts
+
+
+def _is_known(library: object) -> bool:
+    """Whether a part is of a library that is installed here: diffusers, transformers, or the studio's own networks."""
+    return isinstance(library, str) and (library in ("diffusers", "transformers") or library.startswith(OWN))
+
+
+def whole_network_in(path: Path) -> str:
+    """The class of a folder of transformers that is no part of a pipeline; "" for any other folder."""
+    if (path / INDEX).is_file() or (path.parent / INDEX).is_file() or not (path / CONFIG).is_file():
+        return ""
+    try:
+        architectures = json.loads((path / CONFIG).read_text(encoding="utf-8"))["architectures"]
+        return str(architectures[0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def class_of(path: Path) -> str:
+    """What a folder that was checked says that it holds."""
+    return whole_network_in(path) or str(_read_json(path / INDEX, path)["_class_name"])
 
 
 def absent_parts(path: Path) -> list[str]:
@@ -88,19 +114,36 @@ def size_of(path: Path) -> int:
 
 def licence_in(path: Path) -> str:
     """The `license` in the front matter of the folder's README.md, or ""."""
+    facts = _front_matter(path)
+    named = facts.get("license_name") if facts.get("license") == "other" else None
+    return str(named or facts.get("license") or "")
+
+
+def forget_origin(path: Path) -> None:
+    """Takes the folder that networks were loaded from out of a pipeline's configurations: it is nobody's business."""
+    for file in [path / INDEX, *path.glob("*/config.json")]:
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def guidance_in(path: Path) -> float | None:
+    """The `guidance_scale` in the front matter of the folder's README.md, which is ours, or None."""
+    value = _front_matter(path).get("guidance_scale")
+    return float(value) if isinstance(value, int | float) and value >= 0 else None
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
     try:
         text = (path / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return ""
+        return {}
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         facts = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError:
-        return ""
-    if not isinstance(facts, dict):
-        return ""
-    named = facts.get("license_name") if facts.get("license") == "other" else None
-    return str(named or facts.get("license") or "")
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def prompts_in(path: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from studio.bases.folder import INDEX, choose_weights, open_folder, parts_of
+from studio.bases.folder import CONFIG, INDEX, choose_weights, open_folder, parts_of
 from studio.errors import BaseError, StudioError
 from studio.files import disk_error
 
@@ -19,8 +19,9 @@ def cached(repo: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        index = try_to_load_from_cache(repo, INDEX)
-        return open_folder(Path(index).parent).path if isinstance(index, str) else None
+        found = (try_to_load_from_cache(repo, name) for name in (INDEX, CONFIG))
+        first = next((path for path in found if isinstance(path, str)), None)
+        return open_folder(Path(first).parent).path if first else None
     except (HFValidationError, BaseError):
         return None
 
@@ -44,16 +45,26 @@ def wanted_files(repo: str, names: list[str], index: dict[str, Any], half: bool)
     return wanted
 
 
+def files_of_one_network(names: list[str], half: bool) -> list[str]:
+    """The same for a repository of transformers, which holds one network beside its tokenizer."""
+    inside = [name for name in names if "/" not in name]
+    texts = [name for name in inside if name.endswith((".json", ".txt", ".model", ".md")) or name == "LICENSE"]
+    return [*texts, *choose_weights(inside, prefer_half=half)]
+
+
 def _download(repo: str, half: bool) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
         facts = HfApi().model_info(repo, timeout=PATIENCE_SECONDS)  # fails at once where the others try five times
         names = [file.rfilename for file in facts.siblings or []]
-        if INDEX not in names:
-            raise BaseError(f"'{repo}' on the hub is no diffusers pipeline: it has no {INDEX}")
-        index = json.loads(Path(hf_hub_download(repo, INDEX, revision=facts.sha)).read_text(encoding="utf-8"))
-        wanted = wanted_files(repo, names, index, half)
+        if INDEX in names:
+            index = json.loads(Path(hf_hub_download(repo, INDEX, revision=facts.sha)).read_text(encoding="utf-8"))
+            wanted = wanted_files(repo, names, index, half)
+        elif CONFIG in names:
+            wanted = files_of_one_network(names, half)
+        else:
+            raise BaseError(f"'{repo}' on the hub is no pipeline: it has neither {INDEX} nor {CONFIG}")
         return Path(snapshot_download(repo, revision=facts.sha, allow_patterns=wanted))
     except BaseError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from studio.base import Base, Request
+from studio.base import Base, Condition, Request
 from studio.bases.folder import LEFT_OUT, absent_parts, refuse_random_parts
 from studio.errors import BaseError, RequestError
 from studio.objective import Diffusion, FlowMatching, Objective
@@ -23,6 +24,16 @@ ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 
 class LatentDiffusion(Base):
     """A base whose pipeline follows diffusers' conventions."""
+
+    # -- what a family says ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int]) -> Condition:
+        """What the denoiser is told of the prompts, for pictures of `size` = (W, H)."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's output for noisy latents at network times (B,)."""
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -94,6 +105,7 @@ class LatentDiffusion(Base):
     # -- latents -----------------------------------------------------------------------------------------------
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels in [-1, 1], (B, 3, H, W), scaled as the denoiser wants them. Deterministic."""
         with _in_safe_dtype(self.pipe.vae) as vae:
             latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -117,6 +129,7 @@ class LatentDiffusion(Base):
     # -- sampling ----------------------------------------------------------------------------------------------
 
     def generate(self, request: Request) -> list[Any]:
+        """PIL pictures, each from `torch.Generator("cpu").manual_seed(seed)`."""
         # One at a time, so that a picture does not depend on its neighbours in the batch.
         pairs = zip(request.prompts, request.seeds, strict=True)
         return [self.generate_batch(replace(request, prompts=[p], seeds=[s]))[0] for p, s in pairs]
@@ -143,8 +156,9 @@ class LatentDiffusion(Base):
         options: dict[str, Any] = {"width": width, "height": height, "output_type": "pil"}
         if request.steps is not None:
             options["num_inference_steps"] = request.steps
-        if request.guidance is not None:
-            options["guidance_scale"] = request.guidance
+        guidance = self.guidance if request.guidance is None else request.guidance
+        if guidance is not None:
+            options["guidance_scale"] = guidance
         if request.on_step is not None or request.on_preview is not None:
             options["callback_on_step_end"] = self._reporting(request)
         return options

@@ -6,7 +6,6 @@ heavy is imported until a base is loaded.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +44,9 @@ ALIASES = {
     "sd3-medium": Alias("stabilityai/stable-diffusion-3-medium-diffusers", "sd3", "stabilityai-nc-research-community"),
     "sd35-medium": Alias("stabilityai/stable-diffusion-3.5-medium", "sd3", "stabilityai-ai-community"),
     "sd35-large": Alias("stabilityai/stable-diffusion-3.5-large", "sd3", "stabilityai-ai-community"),
+    "musicgen-small": Alias("facebook/musicgen-small", "musicgen", "cc-by-nc-4.0"),
+    "musicgen-medium": Alias("facebook/musicgen-medium", "musicgen", "cc-by-nc-4.0"),
+    "musicgen-large": Alias("facebook/musicgen-large", "musicgen", "cc-by-nc-4.0"),
 }
 
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -73,7 +75,8 @@ def families() -> dict[str, type[Base]]:
 
 def bundled() -> dict[str, Path]:
     """The folders of the bases that ship with the studio."""
-    return {index.parent.name: index.parent for index in sorted(assets_dir().glob(f"bases/*/{folder.INDEX}"))}
+    folders = {path.parent for name in (folder.INDEX, folder.CONFIG) for path in assets_dir().glob(f"bases/*/{name}")}
+    return {path.name: path for path in sorted(folders)}
 
 
 def bases() -> list[dict[str, Any]]:
@@ -81,7 +84,7 @@ def bases() -> list[dict[str, Any]]:
     classes = {cls.pipeline_class: cls for cls in families().values()}
     rows = []
     for name, path in bundled().items():
-        cls = classes.get(json.loads((path / folder.INDEX).read_text())["_class_name"])
+        cls = classes.get(folder.class_of(path))
         family, medium = (cls.family, cls.medium) if cls else ("", "")
         rows.append(_row(name, "bundled", family, medium, path, folder.licence_in(path), ""))
     for name, alias in ALIASES.items():
@@ -149,7 +152,7 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype, licence: str = "") -
     with _told_plainly(name):
         family = classes[checked.pipeline_class]
         base = family.from_folder(path, name, dtype, checked.licence or licence, checked.variant)
-    base.prompts = folder.prompts_in(path)
+    base.prompts, base.guidance = folder.prompts_in(path), folder.guidance_in(path)
     return base
 
 

@@ -10,6 +10,7 @@ from studio.errors import DataError
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_PICTURE_ENDINGS = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".jfif")
+SOUND_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 
 
@@ -22,6 +23,7 @@ class Listing:
     masks: list[Path] = field(default_factory=list)
     metadata: list[Path] = field(default_factory=list)
     other_pictures: list[Path] = field(default_factory=list)  # formats that are not read
+    sounds: list[Path] = field(default_factory=list)
     linked_folders: list[Path] = field(default_factory=list)  # not entered: they could lead round in circles
 
     def name(self, path: Path) -> str:
@@ -80,5 +82,7 @@ def _sort_in(path: Path, listing: Listing) -> None:
         (listing.masks if is_mask else listing.pictures).append(path)
     elif path.name in METADATA_NAMES:
         listing.metadata.append(path)
+    elif ending in SOUND_ENDINGS:
+        listing.sounds.append(path)
     elif ending in OTHER_PICTURE_ENDINGS:
         listing.other_pictures.append(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,20 @@ class PictureSet:
     held_out: list[Picture]
     report: Report
     fingerprint: str
+    noun = "pictures"
 
     @property
     def count(self) -> int:
         return len(self.pictures)
+
+    def with_captions(self, change: Callable[[str], str]) -> PictureSet:
+        """The same pictures under other captions."""
+
+        def changed(pictures: list[Picture]) -> list[Picture]:
+            return [replace(picture, caption=change(picture.caption)) for picture in pictures]
+
+        pictures = changed(self.pictures)
+        return replace(self, pictures=pictures, held_out=changed(self.held_out), fingerprint=fingerprint_of(pictures))
 
 
 def scan(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from studio.bases.folder import forget_origin
 from studio.errors import ExportRefused, WorkError
 from studio.exporting.job import Job
 from studio.exporting.proof import ask_fresh_process, relative_error
@@ -121,15 +122,7 @@ def save_pipeline(pipe: Any, networks: Mapping[str, nn.Module], tokenizers: Mapp
         if part is not None:
             part.save_pretrained(folder / name)
     pipe.save_config(folder)
-    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
-        _forget_origin(path)
-
-
-def _forget_origin(path: Path) -> None:
-    """Takes the folder that a base was loaded from out of a configuration: it is nobody else's business."""
-    config = json.loads(path.read_text())
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    forget_origin(folder)
 
 
 def _prove(folder: Path, networks: Mapping[str, nn.Module], tokens: Mapping[str, Mapping[str, list[int]]]) -> None:

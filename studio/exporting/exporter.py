@@ -18,6 +18,7 @@ from studio.exporting.diff import export_to_diff
 from studio.exporting.diffusers import export_to_diffusers
 from studio.exporting.job import Job
 from studio.exporting.kohya import export_to_kohya
+from studio.exporting.peft import export_to_peft
 from studio.exporting.report import ExportReport, LayerRow
 from studio.files import slugify, write_atomically
 
@@ -25,10 +26,11 @@ Format = Callable[[Job, Path], tuple[Path, list[LayerRow]]]
 FORMATS: dict[str, Format] = {
     "diffusers": export_to_diffusers,
     "kohya": export_to_kohya,
+    "peft": export_to_peft,
     "diff": export_to_diff,
     "checkpoint": export_to_checkpoint,
 }
-LORAS = ("diffusers", "kohya")  # formats of bounded rank
+LORAS = ("diffusers", "kohya", "peft")  # formats of bounded rank
 SINGLE_FILES = ("kohya", "diff")
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

@@ -1,6 +1,7 @@
 """Reads an export as a stranger would: a program of its own that imports nothing of the studio.
 
     fresh.py plain SKELETON FILE WORDS     plain diffusers loads LoRA and words; the deltas of PEFT's layers
+    fresh.py peft CONFIG MODULE CLASS NAME FOLDER   plain PEFT loads a LoRA into a network; the deltas of its layers
     fresh.py formula FILE NAMES            kohya's and the dense format's formulas in numpy; the deltas by module
     fresh.py checkpoint FOLDER TOKENS      plain diffusers opens a pipeline; a hash of every weight in fp32
 
@@ -77,6 +78,17 @@ def plain(skeleton: str, lora: str, words: str) -> None:
                 send_array(lora_layer.get_delta_weight(ADAPTER), site=f"{name}.{path}")
     for word in json.loads(words):
         load_word(pipe, **word)
+
+
+def peft(config: str, module: str, cls: str, component: str, folder: str) -> None:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    network: Any = PeftModel.from_pretrained(hollow(Path(config), module, cls), folder).base_model.model
+    for path, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            lora_layer: Any = layer
+            send_array(lora_layer.get_delta_weight(lora_layer.active_adapters[0]), site=f"{component}.{path}")
 
 
 def load_word(pipe: Any, path: str, token: str, keys: dict[str, str]) -> None:
@@ -172,6 +184,11 @@ if __name__ == "__main__":
     ANSWERS = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     command, *arguments = sys.argv[1:]
-    commands: dict[str, Callable[..., None]] = {"plain": plain, "formula": formula, "checkpoint": checkpoint}
+    commands: dict[str, Callable[..., None]] = {
+        "plain": plain,
+        "peft": peft,
+        "formula": formula,
+        "checkpoint": checkpoint,
+    }
     commands[command](*arguments)
     ANSWERS.close()

@@ -72,12 +72,16 @@ def write_skeleton(base: Base, folder: Path) -> None:
         elif not isinstance(part, nn.Module):
             part.save_pretrained(folder / name)
         else:
-            network: Any = part
-            save_config = network.save_config if hasattr(network, "save_config") else network.config.save_pretrained
-            save_config(folder / name)
-            networks[name] = (type(part).__module__, type(part).__name__)
+            networks[name] = write_configuration(part, folder / name)
     base.pipe.save_config(folder)
     (folder / "networks.json").write_text(json.dumps(networks))
+
+
+def write_configuration(network: Any, folder: Path) -> tuple[str, str]:
+    """A network's configuration without weights; returns (module, name) of its class."""
+    save_config = network.save_config if hasattr(network, "save_config") else network.config.save_pretrained
+    save_config(folder)
+    return type(network).__module__, type(network).__name__
 
 
 def prove_in_diffusers(job: Job, lora: Path | None, words: Iterable[WordFile], meant: Meant) -> dict[str, LayerRow]:
@@ -89,7 +93,7 @@ def prove_in_diffusers(job: Job, lora: Path | None, words: Iterable[WordFile], m
         write_skeleton(job.base, Path(scratch))
         answers = ask_fresh_process("plain", scratch, str(lora or ""), json.dumps(asked))
         deltas = _check_words(answers, {word.word: word.vectors for word in words})
-        return _compare(job, deltas, meant, "diffusers") if lora else _exhaust(deltas)
+        return compare(job, deltas, meant, "diffusers") if lora else _exhaust(deltas)
 
 
 def prove_by_formula(
@@ -101,7 +105,7 @@ def prove_by_formula(
         modules = [f"{c}.{path}" for c, root in job.base.components.items() for path, _ in root.named_modules() if path]
         names.write_text(json.dumps(modules))
         answers = _check_biases(ask_fresh_process("formula", str(file), str(names)), biases or {})
-        return _compare(job, answers, meant, "the formula")
+        return compare(job, answers, meant, "the formula")
 
 
 def _exhaust(answers: Iterator[Answer]) -> dict[str, LayerRow]:
@@ -110,7 +114,7 @@ def _exhaust(answers: Iterator[Answer]) -> dict[str, LayerRow]:
     return {}
 
 
-def _compare(job: Job, answers: Iterable[Answer], meant: Meant, reader: str) -> dict[str, LayerRow]:
+def compare(job: Job, answers: Iterable[Answer], meant: Meant, reader: str) -> dict[str, LayerRow]:
     """Each layer against what was meant to be written (it must agree) and against the adapter's own delta (a row)."""
     rows = {}
     for header, payload in answers:

@@ -1,0 +1,98 @@
+"""What a clip network is told beside text and time: given frames, which they are, how fast it plays, whether it loops.
+
+B clips, F frames, Z latent channels (colour, then alpha where the network has it), h and w latent height and width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Fill = Literal["blend", "zero"]
+
+
+@dataclass(frozen=True)
+class ClipCondition:
+    """`given` (B, Z, F, h, w) latents, read only where `is_given` (B, F) is True; `valid` (B, F) frames that exist.
+
+    `fps` (B,) frames a second, 0 where unknown; `loop` (B,) bool.
+    """
+
+    given: Tensor
+    is_given: Tensor
+    valid: Tensor
+    fps: Tensor
+    loop: Tensor
+
+    def without_pictures(self) -> ClipCondition:
+        """The same request with no frame given."""
+        return replace(self, is_given=torch.zeros_like(self.is_given))
+
+    def repeated(self, times: int) -> ClipCondition:
+        return ClipCondition(*(torch.cat([value] * times) for value in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("given", "is_given", "valid", "fps", "loop")
+        return {name: getattr(self, name) for name in names}
+
+
+def joined(parts: list[ClipCondition]) -> ClipCondition:
+    """Several batches as one."""
+    stacked = [torch.cat(list(column)) for column in zip(*(part.tensors().values() for part in parts))]
+    return ClipCondition(*stacked)
+
+
+def network_input(noisy: Tensor, condition: ClipCondition, fill: Fill) -> Tensor:
+    """(B, 2 Z + 1, F, h, w): noisy latents, empty where frames are given; condition latents; the condition mask.
+
+    `blend` fills the condition latents between given frames by linear interpolation and beyond them by the nearest,
+    so that the network starts from what it must correct; `zero` leaves them empty, as RDTF does.
+    """
+    known = condition.is_given & condition.valid
+    told = _across(known, noisy)
+    given = condition.given.to(noisy).masked_fill(~told, 0)
+    open_frames = noisy.masked_fill(told | ~_across(condition.valid, noisy), 0)
+    if fill == "blend":
+        given = blended(given, known, condition.valid)
+    return torch.cat([open_frames, given, told.to(noisy)], 1)
+
+
+def blended(given: Tensor, known: Tensor, valid: Tensor) -> Tensor:
+    """Latents (B, Z, F, h, w) of every valid frame: between known frames their linear blend, outside the nearest."""
+    batch, frames = known.shape
+    places = torch.arange(frames, device=known.device).expand(batch, -1)
+    none = known.logical_not()
+    before = places.masked_fill(none, -1).cummax(1).values
+    after = places.masked_fill(none, frames).flip(1).cummin(1).values.flip(1)
+    left = torch.where(before < 0, after, before).clamp(max=frames - 1)
+    right = torch.where(after >= frames, before, after).clamp(min=0)
+    share = ((places - left) / (right - left).clamp(min=1)).clamp(0, 1).to(given)
+    rows = torch.arange(batch, device=known.device)[:, None]
+    by_frame = given.transpose(1, 2)
+    weight = share[:, :, None, None, None]
+    mixed = (by_frame[rows, left] * (1 - weight) + by_frame[rows, right] * weight).transpose(1, 2)
+    usable = valid & known.any(1, keepdim=True)
+    return mixed.masked_fill(~_across(usable, given), 0)
+
+
+def _across(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask over frames (B, F), spread over (B, 1, F, h, w)."""
+    return mask[:, None, :, None, None].expand(-1, 1, -1, *like.shape[-2:])
+
+
+def predicted(unet: Any, noisy: Tensor, time: Tensor, text: Tensor, condition: ClipCondition, fill: Fill) -> Tensor:
+    """What the network predicts for noisy latents (B, Z, F, h, w): our own network, or a stock one without masks.
+
+    Raises ValueError for padded frames in a network that cannot tell them.
+    """
+    x = network_input(noisy, condition, fill)
+    if getattr(unet, "masks_frames", False):
+        return unet(
+            x, time, encoder_hidden_states=text, valid=condition.valid, fps=condition.fps, loop=condition.loop
+        ).sample
+    if not bool(condition.valid.all()):
+        raise ValueError(f"{type(unet).__name__} takes no padded clips; give clips of one length")
+    return unet(x, time, encoder_hidden_states=text).sample

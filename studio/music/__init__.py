@@ -1,0 +1,1 @@
+"""Music: what models of sounds share, whatever their family."""

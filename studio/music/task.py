@@ -1,0 +1,155 @@
+"""Teaching a base of music from recordings: the task behind every method that adds patches.
+
+Sounds become codes once, captions the text encoder's states once, both cached by content; then each step compares the
+tokens that the patched network expects with those that are there. B samples, K codebooks, F frames, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from studio.adapter import Card
+from studio.adapting import AdapterTraining
+from studio.base import Condition, Request
+from studio.bases.musicgen import MusicGen
+from studio.data.cache import Cache
+from studio.data.order import Order
+from studio.data.recordings import Piece, SoundSet
+from studio.errors import PresetError
+from studio.keyed import torch_generator
+from studio.method import PatchMethod
+from studio.music.listening import save_sample
+from studio.preset import Preset
+from studio.run import Event, Run
+
+
+@dataclass
+class Example:
+    """One piece as it is trained on: its codes (K, F) and its caption."""
+
+    name: str
+    codes: Tensor
+    caption: str
+
+
+class SoundTask(AdapterTraining):
+    """Trains the patches of one adapter on a set of recordings."""
+
+    def __init__(
+        self, method: PatchMethod, base: MusicGen, preset: Preset, run: Run, sounds: SoundSet, card: Card, cache: Cache
+    ) -> None:
+        refuse_picture_settings(method, preset)
+        super().__init__(method, base, preset, run, card)
+        self.base, self.cache, self.sounds = base, cache, sounds
+        self.encodes_in_loop = any(name.startswith("musicgen.text_encoder.") for name in self.sites)
+        self.conditions: dict[str, Condition] = {}
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[Event]:
+        self.attachment.weight = 0.0
+        self.examples: list[Example] = []
+        for number, piece in enumerate(self.sounds.pieces):
+            yield Event("progress", 0, {"what": "encoding sounds", "done": number, "total": len(self.sounds.pieces)})
+            self.examples.append(self._encode(piece))
+        self.held_out = [self._encode(piece) for piece in self.sounds.held_out]
+        lengths = [example.codes.shape[-1] for example in self.examples]
+        self.order = Order(lengths, self.preset.batch_size * self.processes(), self.preset.seed)
+        if repeats := self.order.repeats():
+            text = f"each round plays {repeats} pieces again, so that every batch is full and of one length"
+            yield Event("warning", 0, {"text": text})
+        if not self.encodes_in_loop:
+            for caption in sorted({"", *(e.caption for e in (*self.examples, *self.held_out))}):
+                self.conditions[caption] = self._encode_caption(caption)
+        self.attachment.weight = 1.0
+
+    def _key(self, *parts: object) -> str:
+        identity = self.base.identity()
+        return "|".join(map(str, (identity.architecture, identity.values, *parts)))
+
+    def _encode(self, piece: Piece) -> Example:
+        def compute() -> dict[str, Tensor]:
+            wave = piece.load(self.base.sample_rate_hz, self.base.channels)
+            return {"codes": self.base.encode_sounds(wave[None])[0].short()}
+
+        codes = self.cache.get(self._key("codes", piece.content, piece.start_seconds, piece.seconds), compute)["codes"]
+        return Example(f"{piece.name} from {piece.start_seconds:g} s", codes.long(), piece.caption)
+
+    def _encode_caption(self, caption: str) -> Condition:
+        def compute() -> Condition:
+            with torch.no_grad():
+                found = self.base.encode_prompts([caption])
+            return {"text": found["text"].float(), "mask": found["mask"]}
+
+        return self.cache.get(self._key("caption", caption), compute)
+
+    # -- what the loop asks ------------------------------------------------------------------------------------
+
+    def losses(self, step: int, micro: int, slots: range) -> Tensor:
+        batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
+        examples = [self.examples[batch[slot]] for slot in slots]
+        generators = [torch_generator("sample", self.preset.seed, step, micro, slot) for slot in slots]
+        dropped = [float(torch.rand((), generator=g)) < self.preset.data.caption_dropout for g in generators]
+        return self._losses(examples, ["" if drop else e.caption for e, drop in zip(examples, dropped)])
+
+    def _losses(self, examples: list[Example], captions: list[str]) -> Tensor:
+        codes = torch.stack([example.codes for example in examples])
+        return self.base.losses(codes, self._condition(captions))
+
+    def _condition(self, captions: list[str]) -> Condition:
+        if self.encodes_in_loop:
+            return self.base.encode_prompts(captions)
+        parts = [self.conditions[caption] for caption in captions]
+        longest = max(part["mask"].shape[1] for part in parts)
+        return {
+            "text": torch.cat([F.pad(p["text"], (0, 0, 0, longest - p["text"].shape[1])) for p in parts]),
+            "mask": torch.cat([F.pad(p["mask"], (0, longest - p["mask"].shape[1])) for p in parts]),
+        }
+
+    def describe(self, step: int, micro: int, slots: range) -> str:
+        batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
+        return "sounds " + ", ".join(self.examples[batch[slot]].name for slot in slots)
+
+    def validation_loss(self) -> float | None:
+        """Cross-entropy on held-out recordings, in nats per code; there is nothing random in it."""
+        if not self.held_out:
+            return None
+        self._train_mode(False)
+        values = [self._losses([example], [example.caption]) for example in self.held_out]
+        self._train_mode(True)
+        return torch.cat(values).mean().item()
+
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        self.attachment.weight = float(step > 0)
+        self._train_mode(False)
+        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
+            sound = self.base.generate(Request([prompt], [column], seconds=self.preset.sample_seconds))[0]
+            yield save_sample(self.run, sound, step, column, prompt, column)
+        self._train_mode(True)
+        self.attachment.weight = 1.0
+
+
+def refuse_picture_settings(method: PatchMethod, preset: Preset) -> None:
+    """Raises PresetError for settings that mean something to pictures only."""
+    data = preset.data
+    set_ones = {
+        "data.prior.pictures": data.prior.pictures,
+        "data.flip": data.flip,
+        "data.masks": data.masks,
+        "learned_words": preset.learned_words,
+        "learned_words_layerwise": preset.learned_words_layerwise,
+        "min_snr_gamma": preset.min_snr_gamma,
+        "dco_beta": preset.dco_beta,
+        "sample_steps": preset.sample_steps,
+        f"method.kind={method.kind}, which looks at the base's pictures": method.needs_inputs,
+    }
+    wrong = next((key for key, value in set_ones.items() if value), None)
+    if wrong is not None:
+        raise PresetError(
+            f"{wrong}: that is for bases of pictures, and '{preset.base}' makes music", f"leave {wrong} out"
+        )

@@ -1,0 +1,225 @@
+"""Recordings to adapter to sound, end to end on a pico MusicGen: files, resume to the bit, export, refusals."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+from studio.bases.musicgen import MusicGen
+from studio.cli import run as studio
+from studio.data.recordings import scan_recordings
+from studio.data.sounds import LOUDEST, Sound, facts_in, read_sound, save_sound
+from studio.errors import DataError, PresetError, RequestError, WorkError
+from studio.preset import Data
+from studio.training import Order, plan, plan_resume
+
+RATE = 1600
+BUSY = ("batch_size=2", "data.caption_dropout=0.4", "data.validation=1", "learning_rate=1e-2", "lr_schedule=cosine")
+
+
+@pytest.fixture(scope="session")
+def folder_of_musicgen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "tiny-musicgen"
+    MusicGen.tiny().pipe.save_pretrained(folder)
+    return folder
+
+
+def tone(pitch_hz, seconds, rate_hz=RATE, channels=1):
+    time = np.arange(round(seconds * rate_hz)) / rate_hz
+    return np.stack([0.5 * np.sin(2 * math.pi * pitch_hz * time)] * channels, 1).astype("float32")
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Four recordings of unlike formats, rates and lengths; three have captions."""
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    soundfile.write(folder / "low.wav", tone(110, 0.5), RATE)
+    soundfile.write(folder / "high.flac", tone(220, 1.2, 4000, 2), 4000)
+    soundfile.write(folder / "mid.ogg", tone(165, 0.5, 8000), 8000)
+    soundfile.write(folder / "bare.wav", tone(140, 0.5), RATE)
+    for name, caption in (("low", "a low {trigger}"), ("high", "a high {trigger}"), ("mid", "a {trigger}")):
+        (folder / f"{name}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, recordings, folder_of_musicgen):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"description: test\nbase: {folder_of_musicgen}\nmethod: {{kind: music-convolution, bottleneck: 4}}\n"
+        f"data: {{path: {recordings}, seconds: 0.5}}\nsteps: 6\nsample_prompts: ['a {{trigger}}']\n"
+        "sample_seconds: 0.1\nsample_every: 3\ncheckpoint_every: 3\nvalidate_every: 3\n"
+    )
+    return str(path)
+
+
+def train(recipe, folder, *settings, stop_after=None, **order):
+    training = plan(Order(recipe, run=folder, name="tune", settings=settings, **order))
+    return collect(training, stop_after)
+
+
+def collect(training, stop_after=None):
+    events = []
+    done = lambda: stop_after is not None and bool(events) and events[-1].step >= stop_after  # noqa: E731
+    for event in training.events(done):
+        events.append(event)
+    return events
+
+
+# -- files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".wav", ".flac"])
+def test_what_is_written_is_read_back_with_its_making(ending, tmp_path):
+    sound = Sound(torch.from_numpy(tone(110, 0.3, channels=2).T.copy()), RATE)
+    save_sound(sound, tmp_path / f"a{ending}", {"prompt": "a çello", "seed": 3})
+    again = read_sound(tmp_path / f"a{ending}")
+    assert again.sample_rate_hz == RATE
+    assert torch.allclose(again.wave, sound.wave, atol=2**-15)
+    assert facts_in(tmp_path / f"a{ending}") == {"prompt": "a çello", "seed": 3}
+
+
+def test_a_loud_sound_is_turned_down_and_never_clipped(tmp_path):
+    loud = Sound(3 * torch.from_numpy(tone(110, 0.3).T.copy()), RATE)
+    save_sound(loud, tmp_path / "a.wav", {})
+    again = read_sound(tmp_path / "a.wav").wave
+    assert float(again.abs().max()) == pytest.approx(LOUDEST, abs=1e-3)
+    assert torch.allclose(again / again.abs().max(), loud.wave / loud.wave.abs().max(), atol=1e-3)
+    with pytest.raises(WorkError, match="not finite"):
+        save_sound(Sound(torch.full((1, 8), float("nan")), RATE), tmp_path / "b.wav", {})
+    with pytest.raises(RequestError, match=r"\.mp4"):
+        save_sound(loud, tmp_path / "b.mp4", {})
+
+
+def test_resampling_keeps_pitch_and_length():
+    sound = Sound(torch.from_numpy(tone(100, 1.0, 8000, 2).T.copy()), 8000).at(1600, 1)
+    assert sound.wave.shape == (1, 1600)
+    assert int(torch.fft.rfft(sound.wave[0]).abs().argmax()) == 100
+
+
+def test_recordings_are_cut_captioned_and_held_out_whole(recordings):
+    data = Data(seconds=0.5, validation=1, caption="just {trigger}")
+    found = scan_recordings(recordings, data, {"trigger": "zovuki", "class": ""})
+    pieces = [*found.pieces, *found.held_out]
+    assert sorted((p.name, p.start_seconds, p.seconds) for p in pieces if p.name == "high.flac") == [
+        ("high.flac", 0.0, 0.5),
+        ("high.flac", 0.5, 0.5),
+    ]  # 0.2 seconds are left over, less than half a piece
+    assert {p.name: p.caption for p in pieces} == {
+        "low.wav": "a low zovuki",
+        "high.flac": "a high zovuki",
+        "mid.ogg": "a zovuki",
+        "bare.wav": "just zovuki",
+    }
+    assert len({p.content for p in found.held_out}) == 1
+    assert not {p.content for p in found.held_out} & {p.content for p in found.pieces}
+    for piece in pieces:
+        assert piece.load(RATE, 2).shape == (2, round(piece.seconds * RATE))
+
+
+def test_unusable_files_are_dropped_by_name_and_oddities_told(recordings):
+    soundfile.write(recordings / "silent.wav", np.zeros(RATE, "float32"), RATE)
+    soundfile.write(recordings / "one.wav", np.ones(1, "float32"), RATE)
+    soundfile.write(recordings / "loud.wav", np.clip(9 * tone(110, 0.5), -1, 1), RATE)
+    (recordings / "video.wav").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
+    report = scan_recordings(recordings, Data(seconds=0.5), {"trigger": "", "class": ""}).report
+    reasons = dict(report.dropped)
+    assert set(reasons) == {"silent.wav", "one.wav", "video.wav"}
+    assert "silent" in reasons["silent.wav"]
+    assert "long" in reasons["one.wav"]
+    assert "cannot be read" in reasons["video.wav"]
+    assert any("loud.wav" in text and "clipped" in text for text in report.warnings)
+
+
+def test_a_folder_without_sounds_is_refused(tmp_path, pictures):
+    with pytest.raises(DataError, match="no sounds"):
+        scan_recordings(pictures, Data(), {"trigger": "", "class": ""})
+
+
+# -- training ----------------------------------------------------------------------
+
+
+def test_a_resumed_training_equals_one_that_went_through(recipe, tmp_path):
+    through = train(recipe, tmp_path / "through", *BUSY, "method.dropout=0.2")
+    train(recipe, tmp_path / "broken", *BUSY, "method.dropout=0.2", stop_after=3)
+    resumed = collect(plan_resume(tmp_path / "broken"))
+    assert "resumed" in [event.kind for event in resumed]
+    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("through", "broken"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [e.data["loss"] for e in through if e.kind == "validation"]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_samples_are_sounds_and_row_0_is_the_base(recipe, tmp_path, folder_of_musicgen):
+    from studio.base import Request
+    from studio.bases.registry import load_base
+
+    events = train(recipe, tmp_path / "run", "learning_rate=0.05")
+    paths = [tmp_path / "run" / e.data["path"] for e in events if e.kind == "sample"]
+    assert [p.name for p in paths] == ["000000-0.wav", "000003-0.wav", "000006-0.wav"]
+    bare = load_base(folder_of_musicgen).generate(Request(["a tune"], [0], seconds=0.1))[0]
+    assert torch.allclose(read_sound(paths[0]).wave, bare.wave, atol=2**-15)
+    assert not torch.equal(read_sound(paths[2]).wave, read_sound(paths[0]).wave)
+    assert "<audio" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_loss_falls(recipe, tmp_path):
+    events = train(recipe, tmp_path / "run", "learning_rate=0.02", "steps=30", "batch_size=2", "sample_every=0")
+    losses = [e.data["loss"] for e in events if e.kind == "step"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_recomputing_activations_changes_nothing_that_is_learned(recipe, tmp_path):
+    train(recipe, tmp_path / "plain")
+    train(recipe, tmp_path / "saving", "gradient_checkpointing=true")
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("plain", "saving"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["learned_words=1", "min_snr_gamma=5", "dco_beta=10", "data.flip=true"])
+def test_settings_for_pictures_are_refused(recipe, setting, tmp_path):
+    with pytest.raises(PresetError, match="makes music"):
+        plan(Order(recipe, run=tmp_path / "run", settings=(setting,)))
+
+
+def test_music_methods_are_refused_on_a_base_of_pictures(tmp_path, pictures, tiny_base_folder):
+    path = tmp_path / "p.yaml"
+    path.write_text(f"base: {tiny_base_folder}\nmethod: music-linear\ndata: {{path: {pictures}}}\n")
+    with pytest.raises(PresetError, match="has no place 'after_layer'"):
+        plan(Order(str(path)))
+
+
+# -- the command line ----------------------------------------------------------------------
+
+
+def test_train_and_generate_at_the_command_line(recipe, recordings, folder_of_musicgen, tmp_path, capsys):
+    request = ["train", "--preset", recipe, "--base", str(folder_of_musicgen), "--data", str(recordings)]
+    request += ["--method", "music-linear", "--steps", "2", "--name", "tune", "--json", "--run", str(tmp_path / "run")]
+    assert studio(request) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["trigger"] == "tune"
+    out = tmp_path / "a.wav"
+    request = ["generate", "a tune", "--adapter", "tune:0.5", "--seconds", "0.2", "--out", str(out), "--json"]
+    assert studio(request) == 0
+    assert json.loads(capsys.readouterr().out)["sounds"] == [str(out)]
+    assert soundfile.info(out).frames == round(0.2 * RATE)
+    assert facts_in(out)["adapters"][0]["weight"] == 0.5
+    assert studio(["generate", "a tune", "--base", str(folder_of_musicgen), "--out", str(tmp_path / "a.png")]) == 2
+    assert "cannot write sounds as '.png'" in capsys.readouterr().err
+
+
+def test_check_rehearses_training_and_export(recipe, capsys):
+    request = ["check", "--preset", recipe, "--set", "export=[peft]", "--set", "method={kind: lora, rank: 2}", "--json"]
+    assert studio(request) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["pieces of sound"] == 5
+    assert told["bucket"] == ["0.5 s: 5"]
+    assert told["export"] == ["peft: exact"]
