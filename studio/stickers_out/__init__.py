@@ -1,0 +1,1 @@
+"""Stickers people can send: a clip fitted to what a platform takes, then read again and checked."""
