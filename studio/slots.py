@@ -152,6 +152,45 @@ def find(word: str) -> Holding:
     return found[0]
 
 
+def overview() -> list[dict[str, Any]]:
+    """Every bank with its holdings, and how full it is for concepts of the rank that was taken last, as plain facts."""
+    banks: list[tuple[Bank, list[Holding]]] = []
+    for one in holdings():
+        known = next((taken for bank, taken in banks if bank.meets(one.bank)), None)
+        if known is None:
+            banks.append((one.bank, [one]))
+        else:
+            known.append(one)
+    return [_facts(bank, taken) for bank, taken in banks]
+
+
+def _facts(bank: Bank, taken: list[Holding]) -> dict[str, Any]:
+    width, rank = min(one.width for one in taken), max(taken, key=lambda one: one.since).rank
+    free = free_slots(bank, rank, width)
+    columns = {column for one in taken for column in one.columns if column < width}
+    return {
+        "base": bank.base,
+        "layout": bank.layout,
+        "columns": width,
+        "columns_taken": len(columns),
+        "rank": rank,
+        "free_slots": len(free),
+        "full": not free,
+        "holdings": [
+            {
+                "slot": one.slot,
+                "rank": one.rank,
+                "columns": f"{one.columns.start}-{one.columns.stop - 1}",
+                "trigger": one.trigger,
+                "concept": one.concept,
+                "holder": one.holder,
+                "since": one.since,
+            }
+            for one in taken
+        ],
+    }
+
+
 # -- writing -------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ class Merged(PatchMethod):
     rank: int | Literal["auto"] | None = Field(None, description="Rank that each layer was brought down to.")
     tolerance: float | None = Field(None, description="Relative error that a lower rank was allowed.")
     seed: int = Field(0, description="Seed of strategies that drop numbers at random.")
+    compress: str | None = Field(None, description="Code that low-rank layers are kept in: int8, ternary:DENSITY.")
+    error: float | None = Field(None, description="What a lower rank and the code cost, relative to the whole change.")
 
     def patch(self, name: str, shape: LayerShape, origin: Origin, weight: Tensor | None = None) -> NoReturn:
         raise PresetError(

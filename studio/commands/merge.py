@@ -30,6 +30,12 @@ def merge(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Record the layers' inputs anew, for gram.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of dare and della.")] = None,
     max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Refuse what would need more, as 2GiB.")] = None,
+    compress: Annotated[
+        str | None, typer.Option(metavar="int8|ternary:DENSITY", help="Keep low-rank layers in few bits, with a loss.")
+    ] = None,
+    without: Annotated[
+        str | None, typer.Option(metavar="PARENT", help="Take this parent's share out of a merge again.")
+    ] = None,
     to: Annotated[str | None, typer.Option(help="Export at once: checkpoint, diffusers, kohya or diff.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
     show: Annotated[bool, typer.Option("--list", help="List the strategies with their settings.")] = False,
@@ -48,8 +54,11 @@ def merge(
         "base": base,
         "calibrate": calibrate or None,
         "seed": seed,
+        "compress": compress,
     }
-    order = MergeOrder(tuple(adapters or ()), recipe, changes, tuple(option or ()), out_path, name, to, max_ram, force)
+    order = MergeOrder(
+        tuple(adapters or ()), recipe, changes, tuple(option or ()), out_path, name, to, max_ram, force, without
+    )
     progress: list[CountProgress] = []
 
     def show_progress(done: int, total: int) -> None:
@@ -76,8 +85,9 @@ def _tell(report: Any, exported: Any, as_json: bool) -> None:
     reason = f" ({report.reason})" if report.reason not in ("", "asked for") else ""
     out.print(f"{report.label}{reason}", soft_wrap=True, markup=False)
     parents = ", ".join(f"{parent['name']} x {parent['weight']:g}" for parent in report.parents)
+    layers = f"{len(report.rows)} layers" if report.rows else report.reason
     size = f", {file_size(report.bytes)}, {report.seconds:.1f} s" if report.bytes else ""
-    out.print(f"{report.path}: {parents}; {len(report.rows)} layers{size}", soft_wrap=True, markup=False)
+    out.print(f"{report.path}: {parents}; {layers}{size}", soft_wrap=True, markup=False)
 
 
 def _list(as_json: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from studio.deltas.coding import INT8_NAMES, TERNARY_NAMES, Code, decode
 from studio.deltas.delta import WeightDelta
 from studio.deltas.dense import Dense
 from studio.deltas.lazy_sum import Sum, total
@@ -55,6 +56,34 @@ class FixedLowRank(LowRankPatch):
         # Nothing of it is a Parameter, by which the attachment would know its precision.
         own = not x.is_floating_point() or torch.is_autocast_enabled(x.device.type)
         return super().output_term(x if own else x.to(self.down.dtype), y, call)
+
+
+class FixedCoded(Delta):
+    """A finished low-rank change in few bits (coding.py). It is decoded once, when first worn."""
+
+    def __init__(self, shape: LayerShape, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.worn: FixedLowRank | None = None
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+
+    @property
+    def rank(self) -> int:
+        return len(self.get_buffer("down_scales"))
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return decode(dict(self.named_buffers()), self.shape.weight).kernel_factors()
+
+    def output_term(self, x: Tensor, y: Tensor, call: LayerCall) -> Tensor:
+        if self.worn is None or self.worn.down.device != x.device:
+            down, up = self.low_rank()
+            self.__dict__["worn"] = FixedLowRank(self.shape, down, up)  # no submodule: it is stored as codes alone
+        assert self.worn is not None
+        return self.worn.output_term(x, y, call)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return decode(dict(self.named_buffers()), self.shape.weight).dense().to(weight.device)
 
 
 class FixedDense(Delta):
@@ -133,11 +162,18 @@ def layer_with(shape: LayerShape, call: LayerCall, x: Tensor, weight: Tensor) ->
 # -- the tensors of a merged adapter's file ------------------------------------------------------------------------
 
 
-def stored_terms(change: WeightDelta | None, bias: Tensor | None, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """A change as it is written: term -> tensor name -> tensor, in the form that has the fewest numbers."""
+def stored_terms(
+    change: WeightDelta | None, bias: Tensor | None, dtype: torch.dtype, code: Code | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """A change as it is written: term -> tensor name -> tensor, in the form that has the fewest numbers.
+
+    With a code, low-rank changes are written in few bits; others stay as they are.
+    """
     terms: dict[str, dict[str, Tensor]] = {}
     for part in _storable(change):
-        if isinstance(part, LowRank):
+        if isinstance(part, LowRank) and code is not None:
+            terms["low_rank"] = code.encode(part)
+        elif isinstance(part, LowRank):
             down, up = part.kernel_factors()
             terms["low_rank"] = {"down": down.to(dtype), "up": up.to(dtype)}
         elif isinstance(part, Sparse):
@@ -168,6 +204,8 @@ def _storable(change: WeightDelta | None) -> list[WeightDelta]:
 def fixed_patch(name: str, shape: LayerShape, tensors: Mapping[str, Tensor]) -> Patch:
     """The patch with room for the tensors of one term of a merged adapter. Raises AdapterError for unknown ones."""
     empty = {key: torch.empty_like(value) for key, value in tensors.items()}
+    if tuple(sorted(empty)) in (INT8_NAMES, TERNARY_NAMES):
+        return FixedCoded(shape, empty)
     match sorted(empty):
         case ["down", "up"]:
             return FixedLowRank(shape, empty["down"], empty["up"])

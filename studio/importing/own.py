@@ -124,4 +124,7 @@ def _sorted_out(card: Card, file: TensorFile) -> tuple[Names, dict[str, dict[str
             words.setdefault(encoder, {})[word] = key
         else:
             raise AdapterError(f"'{file.path}': its card does not know the tensor '{key}'")
+    for site, holder in card.shared_inputs.items():
+        if site in sites:
+            sites[site] |= {term: own for term, own in sites.get(holder, {}).items() if term in SKETCHES}
     return sites, words

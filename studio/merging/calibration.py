@@ -16,12 +16,13 @@ from studio.data.cache import Cache
 from studio.errors import RequestError
 from studio.importing.own import AdapterFile
 from studio.importing.source import Source
-from studio.inputs import KINDS, Sketch, base_inputs, record_inputs, sketch
+from studio.inputs import KINDS, Sketch, base_inputs, sketch
 from studio.paths import studio_home
+from studio.sketching import concept_inputs
 from studio.words import WordAttachment
 
 WIDTH = 64  # directions kept of each input
-PROMPTS = ("a {}", "a {} on the left", "a large {}", "a small {}, on a blue background")
+STEPS = 10  # of sampling, for each picture
 
 
 class Calibration:
@@ -61,5 +62,5 @@ class Calibration:
             stack.enter_context(attach(self.base.sites(), adapter.by_site()))
             if adapter.words:
                 stack.callback(WordAttachment(self.base, adapter.words).detach)
-            grams = record_inputs(self.base, own, [prompt.format(word) for prompt in PROMPTS])
+            grams = concept_inputs(self.base, own, word, steps=STEPS)
         return {name: sketch(gram, self.width) for name, gram in grams.items()}

@@ -18,6 +18,7 @@ from studio.merging.merger import Merger, Progress
 from studio.merging.plan import make_plan
 from studio.merging.recipe import Recipe, make_recipe, parse_parts, read_recipe
 from studio.merging.report import MergeReport
+from studio.merging.unmerging import Unmerger
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class MergeOrder:
     to: str | None = None
     max_ram: str | None = None
     force: bool = False
+    without: str | None = None
 
 
 def merge_to_order(order: MergeOrder, progress: Progress | None = None) -> tuple[MergeReport, Any]:
     """Merges and writes. Returns the report, and the export's where one was asked for. Raises StudioError."""
     target = _target(order)
+    if order.without is not None:
+        return _taken_out(order, target), None
     plan = make_plan(recipe_of(order), max_bytes=parse_bytes(order.max_ram) if order.max_ram else None)
     merger = Merger(plan)
     if order.to:
@@ -47,6 +51,27 @@ def merge_to_order(order: MergeOrder, progress: Progress | None = None) -> tuple
         facts = {"added": round(time.time()), "base": plan.base_name, "merge": report.label}
         write_atomically(target.with_suffix(".json"), json.dumps(facts))
     return report, None
+
+
+def _taken_out(order: MergeOrder, target: Path) -> MergeReport:
+    """A merge with one parent's share taken out again: `--without`. Raises StudioError."""
+    if len(order.adapters) != 1 or order.recipe or order.to or any(order.changes.values()):
+        raise RequestError("--without takes a parent out of one merge", "name that merge alone, with --out or --name")
+    began = time.monotonic()
+    unmerger = Unmerger(order.adapters[0], order.without or "")
+    card = unmerger.save(target)
+    report = MergeReport(
+        strategy=str(card.method.get("strategy")),
+        options=dict(card.method.get("options", {})),
+        reason=f"without '{order.without}'",
+        rows=[],
+        parents=card.parents,
+    )
+    report.path, report.bytes, report.seconds = target, target.stat().st_size, time.monotonic() - began
+    if order.name:
+        facts = {"added": round(time.time()), "base": unmerger.source.trained_on, "merge": report.label}
+        write_atomically(target.with_suffix(".json"), json.dumps(facts))
+    return report
 
 
 def recipe_of(order: MergeOrder) -> Recipe:

@@ -7,19 +7,23 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from studio.adapter import HEADER_KEY, TOKENS, Adapter, adapter_from
+from studio.adapter import HEADER_KEY, TOKENS, Adapter, Card, adapter_from
 from studio.deltas import Dense, LowRank, Sparse, WeightDelta, compress
+from studio.deltas.coding import Code, coding_error
 from studio.deltas.patches import stored_terms
 from studio.errors import AdapterError, RequestError
 from studio.merging.plan import Guest, Plan
-from studio.merging.report import MergeReport, Row
+from studio.merging.report import EXACT, MergeReport, Row
 from studio.merging.spool import Spool, header_bytes
 
+KEEPS_BLOCKS = ("sum", "gram")  # strategies whose result has each adapter's columns side by side
+MIXED = -1  # in the card: a parent's share of a layer is in one with the others'
 AUTO_TOLERANCE = 0.01  # of --rank auto, where no tolerance is given
 Progress = Callable[[int, int], None]
 
@@ -29,6 +33,8 @@ class Merger:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.code = Code.parse(plan.recipe.compress) if plan.recipe.compress else None
+        self.ranks: dict[str, list[int]] = {}  # by site: of each guest's columns, 0 where it has none, else MIXED
         self.report = MergeReport(
             plan.choice.strategy, plan.options, plan.choice.reason, [], plan.parents(), warnings=plan.warnings
         )
@@ -37,10 +43,11 @@ class Merger:
         """Writes the merged adapter, whole or not at all, and says what came of it. Raises AdapterError, DiskError."""
         path, began = Path(path).expanduser(), time.monotonic()
         header = {HEADER_KEY: self._card_text()}
-        with Spool(path, self._expected_bytes(), header_bytes(self._expected_names(), header)) as spool:
+        room = header_bytes(self._expected_names(), header) + self._room_for_ranks()
+        with Spool(path, self._expected_bytes(), room) as spool:
             for name, value in self._tensors(progress):
                 spool.add(name, value)
-            spool.finish(header)
+            spool.finish({HEADER_KEY: self._card_text()})
         self.report.path, self.report.bytes = path, path.stat().st_size
         self.report.seconds = time.monotonic() - began
         unit = 1 if sys.platform == "darwin" else 1024
@@ -49,10 +56,24 @@ class Merger:
 
     def adapter(self) -> Adapter:
         """The merged adapter in memory."""
-        return adapter_from(self.plan.card(), dict(self._tensors(None)))
+        tensors = dict(self._tensors(None))
+        return adapter_from(self._card(), tensors)
+
+    def _card(self) -> Card:
+        """The plan's card with what the merging itself has brought: whose columns are whose, and the error."""
+        card = self.plan.card()
+        if self.report.rows:
+            for number, parent in enumerate(card.parents):
+                parent["ranks"] = [self.ranks[site][number] for site in self.plan.shapes]
+            if self.report.error > EXACT:
+                card.method["error"] = round(self.report.error, 9)
+        return card
 
     def _card_text(self) -> str:
-        return json.dumps(self.plan.card().model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        return json.dumps(self._card().model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+
+    def _room_for_ranks(self) -> int:
+        return 40 + len(self.plan.guests) * (16 + 5 * len(self.plan.shapes))
 
     def _tensors(self, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
         self.report.rows = []
@@ -73,12 +94,30 @@ class Merger:
         bias = None
         for weight, own in biases:
             bias = weight * own if bias is None else bias + weight * own
-        terms = stored_terms(change, bias, torch.float32)
+        terms = stored_terms(change, bias, torch.float32, self.code)
+        self.ranks[site] = self._ranks(guests, deltas, terms)
+        if self.code is not None and isinstance(change, LowRank) and "low_rank" in terms:
+            self._add_error(coding_error(change, terms["low_rank"]))
         for term, tensors in terms.items():
             for name, value in tensors.items():
                 if value.is_floating_point() and not value.isfinite().all():
                     raise AdapterError(f"the merge is not finite at '{site}' ({term}.{name})", "use smaller weights")
         return terms
+
+    def _ranks(self, guests: list[Guest], deltas: list[WeightDelta], terms: dict[str, dict[str, Tensor]]) -> list[int]:
+        """How many columns of the result are each guest's own, in the order of the guests."""
+        low = [delta.low_rank() for delta in deltas]
+        own = {id(guest): part.rank for guest, part in zip(guests, low, strict=True) if part is not None}
+        factors = terms.get("low_rank", {})
+        kept = factors["up"].shape[1] if "up" in factors else len(factors.get("down_scales", ()))
+        whole = self.plan.choice.strategy in KEEPS_BLOCKS and len(own) == len(guests) and kept == sum(own.values())
+        present = {id(guest) for guest in guests}
+        return [(own[id(g)] if whole else MIXED) if id(g) in present else 0 for g in self.plan.guests]
+
+    def _add_error(self, coding: float) -> None:
+        """Of the code, beside that of a lower rank: two errors in directions of their own."""
+        row = self.report.rows[-1]
+        self.report.rows[-1] = replace(row, error=(row.error**2 + coding**2) ** 0.5)
 
     def _merged(self, site: str, guests: list[Guest], deltas: list[WeightDelta]) -> WeightDelta:
         plan = self.plan

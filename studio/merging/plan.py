@@ -114,6 +114,7 @@ class Plan:
             "rank": self.recipe.rank,
             "tolerance": self.recipe.tolerance,
             "seed": self.recipe.seed,
+            **({"compress": self.recipe.compress} if self.recipe.compress else {}),
         }
         triggers = dict.fromkeys(guest.source.trigger for guest in self.guests if guest.source.trigger)
         classes = dict.fromkeys(guest.source.class_word for guest in self.guests if guest.source.class_word)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from studio.deltas.coding import Code
 from studio.errors import RequestError
 from studio.method import describe, matches
 
@@ -57,6 +58,7 @@ class Recipe(BaseModel):
     tolerance: float | None = Field(None, ge=0, lt=1, description="Relative error that a lower rank may cost.")
     base: str | None = Field(None, description="The base, where files of other programs or a strategy need it.")
     calibrate: bool = Field(False, description="Record the layers' inputs anew with the base, for gram.")
+    compress: str | None = Field(None, description="int8 or ternary:DENSITY: low-rank layers in few bits, with a loss.")
     seed: int = Field(0, ge=0, description="Seed of strategies that drop numbers at random.")
 
     @field_validator("adapters", mode="before")
@@ -68,6 +70,16 @@ class Recipe(BaseModel):
         return [
             {"adapter": name, **(part if isinstance(part, dict) else {"weight": part})} for name, part in value.items()
         ]
+
+    @field_validator("compress")
+    @classmethod
+    def _known_code(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                Code.parse(value)
+            except RequestError as error:
+                raise ValueError(f"{error.message}: {error.hint}") from None
+        return value
 
     @field_validator("rank")
     @classmethod

@@ -45,12 +45,10 @@ class MergeReport:
     @property
     def label(self) -> str:
         """In words: whether the result is the sum, and how near."""
+        exact = max((row.error for row in self.rows), default=0.0) <= EXACT
         if self.strategy in ("sum", "svd"):
-            worst = max((row.error for row in self.rows), default=0.0)
-            return "exact sum" if worst <= EXACT else f"approximate sum, relative error {self.error:.2g}"
-        return self.strategy + (
-            "" if self.error <= EXACT else f", brought to a lower rank at relative error {self.error:.2g}"
-        )
+            return "exact sum" if exact else f"approximate sum, relative error {self.error:.2g}"
+        return self.strategy if exact else f"{self.strategy}, kept at relative error {self.error:.2g}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from studio.errors import DiskError
 from studio.files import disk_error
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64"}
+NAMES |= {torch.uint8: "U8", torch.int8: "I8"}
 
 
 class Spool:

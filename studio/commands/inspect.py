@@ -1,0 +1,83 @@
+"""`studio inspect`: what an adapter is; with several, what they would do to each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from studio.errors import RequestError
+from studio.terminal import CountProgress, out, print_json, print_table, say
+
+LAYERS_SHOWN = 10
+
+
+def inspect(
+    files: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Names in the library, files, PEFT folders.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write the report on several as a page, too.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base: for files of other programs, and for its drift.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Record the layers' inputs anew with the base.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+) -> None:
+    """What an adapter is; with several, how they would disturb each other. Example: studio inspect my-cat my-dog"""
+    if len(files) == 1:
+        if html or calibrate:
+            raise RequestError("a report on interference needs two adapters or more", "name another")
+        _one(files[0], as_json)
+        return
+    from studio.interference.command import interference, write_page
+
+    with CountProgress("comparing layers", 0) as progress:
+        report = interference(files, base, calibrate, progress.show)
+    if html is not None:
+        write_page(report, html, force)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    _tell(report)
+    if html is not None:
+        say(f"page: {html}")
+
+
+def _one(name: str, as_json: bool) -> None:
+    from studio.inspecting import describe_adapter
+
+    facts = describe_adapter(name)
+    if as_json:
+        print_json([facts])
+        return
+    components = facts.pop("components")
+    for key, value in facts.items():
+        out.print(f"{key + ':':<14}{value}", soft_wrap=True, markup=False)
+    print_table(
+        ["part", "layers", "ranks", "numbers", "size of the change"], [list(row.values()) for row in components]
+    )
+
+
+def _tell(report: Any) -> None:
+    from studio.interference.page import MEASURES, shown
+
+    for line in report.verdict:
+        out.print(line, soft_wrap=True, markup=False, style="bold")
+    for line in report.findings:
+        out.print(f"- {line}", soft_wrap=True, markup=False)
+    print_table(list(report.adapters[0]), [list(adapter.values()) for adapter in report.adapters])
+    rows = [report.row("everything", report.total)]
+    rows += [report.row(name, figures) for name, figures in report.groups.items()]
+    layers = [report.row(layer.site, layer.figures) for layer in report.layers]
+    rows += sorted(layers, key=lambda row: (-row["input_overlap"], row["where"]))[:LAYERS_SHOWN]
+    pair = ["worst pair"] if len(report.adapters) > 2 else []
+    print_table(
+        ["where", "layers", *MEASURES, *pair],
+        [
+            [row["where"], row["layers"], *(shown(row[key]) for key in MEASURES.values())]
+            + ([" + ".join(row["pair"] or ())] if pair else [])
+            for row in rows
+        ],
+    )
