@@ -1,6 +1,7 @@
 """Trainings as processes of their own, and the queue of those that wait for a device.
 
-A job is one command line, `python -m studio train ... --run DIR`, in a session of its own, so that it outlives the
+A job is one command line, `python -m studio train ... --run DIR`, or another one that needs a device for long and
+leaves a file, such as `evaluate`, in a session of its own, so that it outlives the
 server that began it. Everything known of it lies in `$STUDIO_HOME/jobs/ID.json`, beside what it printed, `ID.log`: the
 server has nothing to remember, and another one, later, finds the running job by its process id and starting time.
 Whoever calls `advance` moves the queue on; a lock on the folder makes that safe from several processes.
@@ -37,7 +38,11 @@ KEPT = 200  # records of jobs that are over
 
 @dataclass(frozen=True)
 class Job:
-    """A training that waits, runs or is over. `arguments` follow `python -m studio`; `process` is an `identity`."""
+    """A training that waits, runs or is over. `arguments` follow `python -m studio`; `process` is an `identity`.
+
+    One that leaves a file has `result`: it is finished when that was written after the job was added. Its `run` is then
+    only the folder of that file.
+    """
 
     id: str
     arguments: tuple[str, ...]
@@ -50,17 +55,24 @@ class Job:
     exit_code: int | None = None
     stop_asked: bool = False
     paused_by: dict[str, Any] | None = None
+    result: str = ""
+    title: str = ""
+
+    @property
+    def is_training(self) -> bool:
+        return not self.result
 
     @property
     def name(self) -> str:
-        return Path(self.run).name
+        return Path(self.run).name if self.is_training else self.title
 
     @property
     def log(self) -> Path:
         return jobs_dir() / f"{self.id}.log"
 
     def state(self) -> str:
-        """queued, cancelled, starting, preparing, training, paused, stopping, finished, stopped, failed, broken off."""
+        """queued, cancelled, starting, preparing, training, paused, stopping, finished, stopped, failed, broken off;
+        one that leaves a file is `working` instead of preparing and training."""
         if self.phase in ("queued", "cancelled"):
             return self.phase
         if self.phase == "started" and is_alive(self.process):
@@ -68,12 +80,28 @@ class Job:
                 return "paused"
             if self.stop_asked:
                 return "stopping"
+            if not self.is_training:
+                return "working"
             state = trace_of(Path(self.run)).state()
             return state if state in ("preparing", "training") else "starting"
-        state = trace_of(Path(self.run)).state()
+        state = trace_of(Path(self.run)).state() if self.is_training else "finished" if self._has_result() else ""
         if state in ("finished", "stopped"):
             return state
         return "failed" if state == "failed" or self.fault() else "stopped" if self.stop_asked else "broken off"
+
+    def _has_result(self) -> bool:
+        try:
+            return Path(self.result).stat().st_mtime >= self.added
+        except OSError:
+            return False
+
+    def said_last(self) -> str:
+        """The last line that it printed: how far it is, for one that leaves a file."""
+        try:
+            lines = self.log.read_text(errors="replace")[-2000:].split("\n")
+            return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        except OSError:
+            return ""
 
     def fault(self) -> str:
         """What went wrong, in the job's own words: its `error:` and `hint:` lines; or ""."""
@@ -93,13 +121,28 @@ def jobs_dir() -> Path:
 
 
 def jobs() -> list[Job]:
-    """All jobs that are remembered, in the order of the queue."""
+    """All jobs that are remembered, in the order of the queue. Read again only when a record was written."""
+    folder = jobs_dir()
+    try:
+        changed = folder.stat().st_mtime_ns  # records are renamed into place, which changes the folder
+    except OSError:
+        return []
+    kept = tuple(_listed)
+    if kept[:2] == (folder, changed):
+        return list(kept[2])
     found = []
-    for path in jobs_dir().glob("*.json"):
+    for path in folder.glob("*.json"):
         with suppress(OSError, ValueError, TypeError):
             content = json.loads(path.read_text())
             found.append(Job(**{**content, "arguments": tuple(content["arguments"])}))
-    return sorted(found, key=lambda job: (job.order, job.added))
+    found.sort(key=lambda job: (job.order, job.added))
+    if time.time_ns() - changed > SETTLED_NANOSECONDS:  # another change might bear the same time
+        _listed[:] = [folder, changed, found]
+    return list(found)
+
+
+SETTLED_NANOSECONDS = 100_000_000
+_listed: list[Any] = []  # the folder, when it changed, the jobs
 
 
 def find(name: str) -> Job:
@@ -111,8 +154,9 @@ def find(name: str) -> Job:
 
 
 def job_of_run(folder: Path) -> Job | None:
-    """The latest job that worked, works or will work on this run."""
-    same = [job for job in jobs() if Path(job.run) == folder.resolve()]
+    """The latest training that worked, works or will work on this run."""
+    own = str(folder.resolve())
+    same = [job for job in jobs() if job.is_training and job.run == own]
     return max(same, key=lambda job: job.added, default=None)
 
 
@@ -136,14 +180,20 @@ def _locked() -> Iterator[None]:
 # -- what a user asks for ----------------------------------------------------------------------------------------
 
 
-def submit(arguments: Sequence[str], run: Path) -> Job:
-    """Puts a training at the end of the queue. `run` must be the folder that `arguments` name with --run."""
+def submit(arguments: Sequence[str], run: Path, result: Path | None = None, title: str = "") -> Job:
+    """Puts a training at the end of the queue; `run` must be the folder that `arguments` name with --run.
+
+    Another command has a `result`, the file that it leaves in `run`, and a title to be shown.
+    """
     with _locked():
         known = jobs()
         last = max((job.order for job in known), default=0.0)
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{slugify(run.name)[:40]}"
         name = next(n for n in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))) if n not in {j.id for j in known})
-        return _store(Job(slug(name), tuple(map(str, arguments)), str(run.resolve()), last + 1, time.time()))
+        left, order = str(result.resolve()) if result else "", tuple(map(str, arguments))
+        return _store(
+            Job(slug(name), order, str(run.resolve()), last + 1, time.time(), result=left, title=title or run.name)
+        )
 
 
 def resume(run: Path) -> Job:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,37 @@ from studio.files import write_atomically
 from studio.paths import data_root, presets_dir, studio_home
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("studio/method.py", "studio/preset.py", "studio/schemas.py", "studio/bases/*.py", "trainers/**/*.py")
+SOURCES = (
+    "studio/method.py", "studio/preset.py", "studio/schemas.py", "studio/bases/*.py", "studio/merging/*.py",
+    "trainers/**/*.py",
+)  # fmt: skip
 
 
 def schemas() -> dict[str, Any]:
-    """`preset` (schema), `methods` (by kind: schema, sentence, paper, rate), `presets` (by name), `bases` (rows).
+    """`preset` (schema), `methods` (by kind: schema, sentence, paper, rate), `presets` (by name), `bases` (rows),
+    `strategies` (of merging, by name: summary, schema). Not to be changed by who asks.
 
     Raises WorkError if they cannot be gathered.
     """
-    path = studio_home() / "cache" / f"schemas-{_key()}.json"
+    with _turn:  # whoever comes while they are gathered waits for the same answer
+        home = studio_home()
+        if home not in _kept:
+            _kept.clear()
+            _kept[home] = _read_or_gather(home / "cache" / f"schemas-{_key()}.json")
+        return _kept[home]
+
+
+_turn = threading.Lock()
+_kept: dict[Path, dict[str, Any]] = {}  # for the life of the process: forms were built from it
+
+
+def _read_or_gather(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
-        pass
-    found = _gather_apart()
-    write_atomically(path, json.dumps(found))
-    return found
+        found = _gather_apart()
+        write_atomically(path, json.dumps(found))
+        return found
 
 
 def _key() -> str:
@@ -59,6 +75,7 @@ def _gather_apart() -> dict[str, Any]:
 def gather() -> dict[str, Any]:
     """The same, computed here; loads torch."""
     from studio.bases.registry import bases
+    from studio.merging import strategies
     from studio.method import PatchMethod, methods
     from studio.preset import Preset, make_preset, preset_files, read_preset
 
@@ -76,6 +93,10 @@ def gather() -> dict[str, Any]:
         },
         "presets": {name: make_preset(read_preset(name)).model_dump(mode="json") for name in preset_files()},
         "bases": bases(),
+        "strategies": {
+            name: {"summary": found.summary, "schema": found.settings.model_json_schema()}
+            for name, found in strategies().items()
+        },
     }
 
 

@@ -1,7 +1,8 @@
 """A process that keeps a base loaded and draws: one JSON request a line on stdin, answers a line each on stdout.
 
 Request: `{"id", "prompt", "negative", "base", "adapters": ["NAME:WEIGHT"], "steps", "guidance", "seed", "count",
-"width", "height", "folder", "wait"}`, or `{"cancel": id}`. Answers carry the id and one of: `note` (a sentence),
+"width", "height", "folder", "wait"}`, or `{"cancel": id}`. Instead of a `count`, `cells` may say for each picture what
+differs from the request: a grid over strengths, seeds, adapters. Answers carry the id and one of: `note` (a sentence),
 `step` and `steps` of picture `number`, `preview` (a file), `picture` (a file) with `seed`, `warning`, `error` with
 `hint`, `done`. A training on the same machine is paused for each picture, or waited for if `wait` is true.
 The process ends when its stdin does.
@@ -9,6 +10,8 @@ The process ends when its stdin does.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import queue
 import sys
@@ -20,10 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from studio import jobs
-from studio.errors import StudioError
+from studio.errors import RequestError, StudioError
 
 PREVIEWS = 5  # intermediate pictures of each drawing
 LOOK_EVERY_SECONDS = 1.0
+
+
+def cells_of(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each picture is drawn from: the request, changed by its cell, or else counting the seed up."""
+    common = {"adapters": [], "seed": 0, **request}
+    changes = request.get("cells") or [{"seed": common["seed"] + i} for i in range(request.get("count", 1))]
+    return [{**common, **change} for change in changes]
 
 
 class Cancelled(Exception):
@@ -77,35 +87,50 @@ class Worker:
 
     def draw(self, request: dict[str, Any]) -> None:
         """Raises StudioError for what cannot be drawn, Cancelled."""
+        from studio.generation import missing_triggers, parse_use, wearing
+
+        cells = cells_of(request)
+        parsed = functools.cache(parse_use)
+        first = next((parsed(cell["adapters"][0]).base for cell in cells if cell["adapters"]), "sticker")
+        base = self._base(request, request.get("base") or first)
+        if base.medium != "image":
+            raise RequestError(f"'{base.name}' makes no pictures", "'studio generate' in a terminal makes what it does")
+        told: set[str] = set()
+        number = 0
+        for texts, alike in itertools.groupby(cells, lambda cell: cell["adapters"]):
+            uses = [parsed(text) for text in texts]
+            with wearing(base, uses) as warnings:
+                lacking = [] if "cells" in request else missing_triggers(request["prompt"], uses)
+                for warning in (*warnings, *lacking):
+                    if warning not in told:
+                        self.say(request, warning=warning)
+                    told.add(warning)
+                for cell in alike:
+                    self._draw_one(request, cell, number, base, uses)
+                    number += 1
+
+    def _draw_one(self, request: dict[str, Any], cell: dict[str, Any], number: int, base: Any, uses: list[Any]) -> None:
         from studio.base import Request
-        from studio.generation import facts_of, missing_triggers, parse_use, wearing
+        from studio.generation import facts_of
         from studio.samples import save_png
 
-        uses = [parse_use(text) for text in request.get("adapters", ())]
-        base = self._base(request, request.get("base") or (uses[0].base if uses else "sticker"))
-        folder = Path(request["folder"])
-        with wearing(base, uses) as warnings:
-            for warning in (*warnings, *missing_triggers(request["prompt"], uses)):
-                self.say(request, warning=warning)
-            for number in range(request.get("count", 1)):
-                seed = request.get("seed", 0) + number
-                order = Request(
-                    [request["prompt"]],
-                    [seed],
-                    request.get("negative", ""),
-                    request.get("steps"),
-                    request.get("guidance"),
-                    request.get("width"),
-                    request.get("height"),
-                    self._reporter(request, number),
-                    self._previewer(request, number),
-                    PREVIEWS,
-                )
-                with self._turn(request):
-                    picture = base.generate(order)[0]
-                path = folder / f"{number:03d}.png"
-                save_png(picture, path, facts_of(order, 0, base, uses))
-                self.say(request, picture=str(path), number=number, seed=seed)
+        order = Request(
+            [cell["prompt"]],
+            [cell["seed"]],
+            cell.get("negative", ""),
+            steps=cell.get("steps"),
+            guidance=cell.get("guidance"),
+            width=cell.get("width"),
+            height=cell.get("height"),
+            on_step=self._reporter(request, number),
+            on_preview=self._previewer(request, number),
+            previews=PREVIEWS,
+        )
+        with self._turn(request):
+            picture = base.generate(order)[0]
+        path = Path(request["folder"]) / f"{number:03d}.png"
+        save_png(picture, path, facts_of(order, 0, base, uses))
+        self.say(request, picture=str(path), number=number, seed=cell["seed"])
 
     def _base(self, request: dict[str, Any], name: str) -> Any:
         from studio.bases.registry import load_base

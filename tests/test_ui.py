@@ -1,5 +1,6 @@
 """The pages as a browser meets them: forms from schemas, drafts, runs, library, drawing; no torch in the server."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from studio import jobs, library
-from studio.errors import AdapterError, PresetError, RequestError
+from studio.errors import AdapterError, PresetError, RequestError, StudioError
 from studio.files import write_atomically
+from studio.paths import studio_home
 from studio.run import Event, Run
 from studio.schemas import gather, schemas
 from studio.thumbnails import make_thumbnails
@@ -20,9 +22,12 @@ from studio.thumbnails import make_thumbnails
 pytest.importorskip("gradio", reason="the browser pages need gradio")
 
 from ui import form, live, pieces, settings
+from ui.blend import trial_of
 from ui.draft import Draft, draft_of
-from ui.pages import generate, runs, train
+from ui.estimate import estimate, remember_check
+from ui.pages import compare, generate, merge, runs, train
 from ui.pages import library as library_page
+from ui.sweep import sweep_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +40,7 @@ def gathered():
 @pytest.fixture(autouse=True)
 def known(gathered, monkeypatch):
     """The schemas as this process computes them, so that no test waits for another to do so."""
-    for module in (settings,):
+    for module in (settings, merge):
         monkeypatch.setattr(module, "schemas", lambda: gathered)
     settings.preset_fields.cache_clear()
     settings.method_fields.cache_clear()
@@ -134,6 +139,7 @@ def test_schemas_are_gathered_by_another_process_and_kept(home, gathered, monkey
     monkeypatch.setattr("studio.schemas._gather_apart", lambda: gathered)
     first = schemas()
     monkeypatch.setattr("studio.schemas._gather_apart", lambda: pytest.fail("gathered again"))
+    monkeypatch.setattr("studio.schemas._kept", {})  # as in another process
     assert schemas() == first == json.loads(json.dumps(gathered))
 
 
@@ -330,6 +336,208 @@ def test_the_worker_draws_as_the_command_line_does_and_ends_with_its_listener(ti
     assert sum("picture" in answer for answer in engine.draw({**request, "count": 1})) == 1
     engine.close()
     assert process.wait(30) == 0
+
+
+# -- merging -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_concepts(tiny_base_folder, tmp_path):
+    """Two real adapters of the tiny base in the library, with changes that are not zero."""
+    import torch
+
+    from studio.adapter import Card, new_adapter
+    from studio.bases.registry import load_base
+
+    base = load_base(tiny_base_folder)
+    sites = {name: site.shape for name, site in list(base.select(("attention",)).items())[:3]}
+    for number, name in enumerate(("cat", "dog")):
+        card = Card(
+            method={"kind": "lora", "rank": 2}, base=base.identity(), sites=sites, trigger=f"{name}-word", seed=number
+        )
+        adapter = new_adapter(card)
+        torch.manual_seed(number)
+        for patches in adapter.patches.values():
+            for patch in patches.values():
+                for parameter in patch.parameters():
+                    torch.nn.init.normal_(parameter, std=0.3)
+        adapter.save(tmp_path / f"{name}.safetensors")
+        library.add(name, tmp_path / f"{name}.safetensors", {"base": str(tiny_base_folder)})
+    return "cat", "dog"
+
+
+def no_options():
+    """The settings of all strategies at their defaults, as the page's widgets hold them."""
+    fields = [merge.RANK, merge.TOLERANCE, merge.SEED, *(f for own in merge.strategy_fields().values() for f in own)]
+    return [form.shown(field, field.default) for field in fields]
+
+
+def test_a_merge_says_all_that_its_form_does_and_refuses_what_cannot_be(two_concepts):
+    values = no_options()
+    values[0], values[1], values[2] = "8", "0.1", "3"
+    blend = merge.blend_of(["cat", "dog"], [0.8, -0.5, 1.0], "ties", values)
+    words = " ".join(blend.arguments(Path("m.safetensors")))
+    assert words.startswith("merge cat:0.8 dog:-0.5 --out m.safetensors --force --strategy ties --seed 3")
+    assert "--option density=0.3" in words
+    assert words.endswith("--rank 8 --tolerance 0.1")
+    assert merge.prompts_for(["cat", "dog"]).splitlines() == ["a cat-word", "a dog-word", "a dog"]
+    wrong = {"two concepts": (["cat"], "sum", []), "no adapter": (["cat", "../x"], "sum", []),
+             "no strategy": (["cat", "dog"], "magic", []), "Rank": (["cat", "dog"], "sum", ["-3"])}  # fmt: skip
+    for text, (names, strategy, first) in wrong.items():
+        with pytest.raises(StudioError, match=text):
+            merge.blend_of(names, [1.0, 1.0], strategy, [*first, *no_options()[len(first) :]])
+
+
+def test_a_merge_is_tried_compared_kept_and_found_again(two_concepts, home, monkeypatch):
+    from studio.adapter import load_adapter
+    from studio.deltas.patches import change_of
+    from studio.drawing import Engine
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    engine = Engine()
+    monkeypatch.setattr(generate, "ENGINE", engine)
+    weights = [0.5, 1.0, *[1.0] * (merge.MOST_CONCEPTS - 2)]
+    said = list(merge.run(["cat", "dog"], "a cat-word\na dog", 1, 2, "sum", *weights, *no_options()))
+    engine.close()
+    trial = trial_of(said[1][3])
+    assert "exact sum" in said[1][0]
+    assert trial.sheet()["columns"] == ["base alone", "cat alone", "dog alone", "merged"]
+    pictures = [[Path(path).read_bytes() for path in row] for _, row in trial.sheet()["rows"]]
+    assert all(len(set(row)) == 4 for row in pictures)  # the base, each concept and the merge draw otherwise
+    assert said[-1][1].count("data-cell") == 8
+    assert said[-1][1] == merge.restore(trial.folder.name)[2]
+    assert "both" in merge.save("both", trial.folder.name)
+    assert (library.library_dir() / "both.png").exists()
+    parents = [load_adapter(library.find(name)) for name in ("cat", "dog")]
+    for site, terms in load_adapter(library.find("both")).patches.items():
+        made = sum(change_of(patch).dense() for patch in terms.values())
+        wanted = sum(w * change_of(p).dense() for w, a in zip((0.5, 1.0), parents) for p in a.patches[site].values())
+        assert (made - wanted).abs().max() < 1e-6
+    monkeypatch.setattr(merge, "ask", lambda *_: pytest.fail("merged again"))
+    assert merge.merged(merge.blend_of(["cat", "dog"], weights, "sum", no_options())) == trial
+    with pytest.raises(Exception, match="othing is merged"):
+        merge.save("x", "../../etc")
+
+
+def test_the_interference_of_concepts_is_shown_in_words_and_as_numbers(tmp_path):
+    matrix = [[1.0, 0.8], [0.8, 1.0]]
+    facts = {
+        "verdict": ["<b>'cat' and 'dog' will disturb each other."], "findings": [],
+        "adapters": [{"name": "cat"}, {"name": "dog"}], "total": {"input_overlap": matrix, "crosstalk": None},
+        "groups": [{"where": "unet.mid_block", "layers": 3, "input_overlap": matrix}],
+    }  # fmt: skip
+    shown = merge.interference_of(facts, tmp_path / "page.html")
+    assert "&lt;b&gt;" in shown
+    assert shown.count(">0.80</td>") == 3
+    assert "crosstalk" not in shown.split("By part")[0]
+
+
+# -- sweeps ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_a_grid_of_requests_with_a_column_that_wears_nothing():
+    request = {"prompt": "a cat", "adapters": ["cat:0.8", "dog:1"], "seed": 4, "steps": 9}
+    sweep = sweep_of("strength", "0.5, 1", "seed", "", True, request["adapters"])
+    assert (sweep.columns, sweep.rows[1]) == (["no adapter", "strength 0.5", "strength 1"], "seed 1")
+    cells = [{**request, **cell} for cell in sweep.cells(request)]
+    assert [cell["adapters"] for cell in cells[:3]] == [[], ["cat:0.4", "dog:0.5"], ["cat:0.8", "dog:1"]]
+    assert [cell["seed"] for cell in cells] == [s for s in (0, 1, 2, 3) for _ in range(3)]
+    assert all(cell["steps"] == 9 for cell in cells)
+    path = Path("x")
+    assert sweep.grid([path, *[None] * 11])[0] == ("seed 0", [path, None, None])
+    assert sweep_of("", "", "", "", True, []) is None
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (("seed", "1", "seed", "2"), "same setting"),
+        (("strength", "1", "", ""), "needs an adapter"),
+        (("steps", "ten", "", ""), "no numbers"),
+        (("steps", "0", "", ""), "from 1"),
+        (("seed", "1.5", "", ""), "whole"),
+        (("guidance", "nan", "", ""), "guidance must be"),
+        (("magic", "1", "", ""), "no setting"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(axes, words):
+    with pytest.raises(RequestError, match=words):
+        sweep_of(*axes, True, [])
+
+
+def test_a_sweep_has_an_end():
+    sweep = sweep_of("seed", ",".join(map(str, range(65))), "", "", True, [])
+    with pytest.raises(RequestError, match="65 pictures"):
+        sweep.cells({"adapters": []})
+
+
+# -- evaluations and estimates -----------------------------------------------------------------------------------
+
+
+def make_card(name, **changes):
+    card = {
+        "adapter": name, "method": {"kind": "lora"}, "base": "sticker", "protocol": "p", "seed": 0, "pictures": 9,
+        "num_inference_steps": 25, "references": 8, "training": {"file_size": 2_000_000, "train_time": 80.0},
+        "figures": {"similarity": 0.61, "similarity_base": 0.24, "similarity_references": 0.92, "drift": 0.3},
+    }  # fmt: skip
+    folder = studio_home() / "evaluations" / name
+    write_atomically(folder / "card.json", json.dumps({**card, **changes}))
+    Image.new("RGB", (16, 16)).save(folder / "sheet.png")
+    (folder / "card.html").write_text("<p>card</p>")
+
+
+def test_cards_lie_side_by_side_and_those_of_other_measurements_are_marked(adapter_file):
+    for name in ("one", "two", "three"):
+        library.add(name, adapter_file, {})
+    make_card("one")
+    make_card("two", figures={"similarity": 0.7, "<script>": 1.0})
+    shown = compare.side_by_side(["one", "two", "three"])
+    assert [word in shown for word in ("0.610", "0.240", "0.920", "0.700", "2.0 MB", "80 s")] == [True] * 6
+    assert "three" not in shown
+    assert "<script" not in shown
+    assert "with care" not in shown
+    make_card("two", seed=5)
+    assert "with care" in compare.side_by_side(["one", "two"])
+    assert "No card chosen" in compare.side_by_side(["../one"])
+
+
+def test_an_evaluation_is_a_job_that_waits_its_turn_and_is_no_run(adapter_file, monkeypatch):
+    monkeypatch.setattr(jobs, "advance", list)
+    library.add("one", adapter_file, {})
+    seen = compare.begin("one", 5)[1]
+    (job,) = jobs.jobs()
+    assert job.arguments[:4] == ("evaluate", "one", "--steps", "5")
+    assert (job.title, job.state(), job.is_training) == ("evaluate one", "queued", False)
+    assert live.known_runs() == {}
+    assert "evaluate one" in live.queue_table()[0]
+    with pytest.raises(Exception, match="already"):
+        compare.begin("one", 5)
+    with pytest.raises(Exception, match="no adapter"):
+        compare.begin("nobody", 5)
+    make_card("one")  # as the job does
+    jobs._store(dataclasses.replace(job, phase="over", added=job.added - 1))
+    assert jobs.jobs()[0].state() == "finished"
+    table, _, chosen, shown = compare.follow(seen, [])
+    assert chosen["value"] == ["one"]
+    assert "0.610" in shown
+    assert "finished" in table
+
+
+def test_time_and_memory_are_foretold_by_what_was_trained_before(finished_run, monkeypatch):
+    content = settings.presets()["subject"]
+    assert "not known yet" in estimate(content)
+    remember_check(content, {"seconds per step": 0.5, "peak memory GiB": 2.0})
+    assert estimate({**content, "steps": 240}).startswith("About 2 min of steps and 2.0 GiB, by the last check")
+    larger = {**content, "batch_size": 2 * content["batch_size"], "steps": 240}
+    assert estimate(larger).startswith("Very roughly 4 min of steps, by")
+    finished_run.save_preset(settings.to_yaml({**content, "steps": 20}))
+    assert "by the run '20261121-000000-cat'" in estimate(content)
+    assert "not known yet" in estimate({**content, "base": "sdxl"})
+    values = settings.values_of(content)
+    assert "by the run" in train.foreseen("subject", values)
+    values[settings.keys().index("steps")] = "many"
+    assert train.foreseen("subject", values) == ""
 
 
 # -- the server --------------------------------------------------------------------------------------------------

@@ -29,5 +29,6 @@ def ask(*arguments: str, seconds: float = 600) -> Any:
             for w in ("error", "hint")
             if x[: len(w) + 1] == f"{w}:"
         }
-        raise WorkError(lines.get("error", f"'studio {arguments[0]}' failed"), lines.get("hint", ""))
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason was given")
+        raise WorkError(lines.get("error", f"'studio {arguments[0]}' failed: {last[:300]}"), lines.get("hint", ""))
     return json.loads(done.stdout)

@@ -21,7 +21,7 @@ BUSY = ("queued", "starting", "preparing", "training", "stopping", "paused")
 
 def known_runs() -> dict[str, Path]:
     """Every run and every job's run by its folder's name in full; nothing else on the disk can be asked for."""
-    folders = [Path(job.run) for job in jobs.jobs() if job.phase in ("queued", "started")]
+    folders = [Path(job.run) for job in jobs.jobs() if job.is_training and job.phase in ("queued", "started")]
     return {str(folder): folder for folder in (*folders, *(f.resolve() for f in library.run_folders()))}
 
 
@@ -57,7 +57,7 @@ def title_of(folder: Path) -> tuple[str, str]:
 
 def run_choices() -> list[tuple[str, str]]:
     return [
-        (" - ".join(filter(None, (*title_of(folder), state_of(folder)))), name)
+        (" - ".join(filter(None, title_of(folder))), name)  # no state: it would stay while the run goes on
         for name, folder in list(known_runs().items())[:60]
     ]
 
@@ -215,7 +215,8 @@ def queue_table(seen: Any = None) -> tuple[Any, Any]:
                 f"aria-label='{label} {pieces.text(job.name)}'>{label}</button>"
                 for what, label in (("up", "earlier"), ("down", "later"), ("cancel", "take out"))
             )
-        rows.append([pieces.text(title_of(Path(job.run))[0]), pieces.badge(state), buttons])
+        name = title_of(Path(job.run))[0] if job.is_training else job.title
+        rows.append([pieces.text(name), pieces.badge(state), buttons])
     return pieces.table(["in the queue", "state", ""], rows), now
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from studio.paths import studio_home
 from studio.thumbnails import make_thumbnails
@@ -47,7 +49,7 @@ def empty(title: str, sentence: str) -> str:
 
 
 KINDS = {"finished": "good", "failed": "bad", "broken off": "bad"} | dict.fromkeys(
-    ("starting", "preparing", "training", "stopping", "paused", "queued"), "busy"
+    ("starting", "preparing", "training", "working", "stopping", "paused", "queued"), "busy"
 )
 
 
@@ -117,10 +119,28 @@ def _mark(path: Path) -> int:
         return 0
 
 
-@lru_cache(maxsize=256)
-def own_picture(path: Path) -> str:
-    """The data URL of a picture that ships with the studio, or ""."""
-    return thumbnails([path], 320)[path].get("url", "") if path.is_file() else ""
+SMALL_BYTES = 96 << 10  # of a picture that is shown as it is
+TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+def own_pictures(pictures: Sequence[Path]) -> dict[Path, str]:
+    """Data URLs of pictures that the studio itself brought along or made; "" for one that cannot be shown.
+
+    Small ones go to the browser as they are, without a process that decodes them first.
+    """
+    urls = {path: _as_it_is(path, _mark(path)) for path in pictures}
+    large = [path for path, url in urls.items() if not url]
+    return urls | {path: facts.get("url", "") for path, facts in (thumbnails(large, 320) if large else {}).items()}
+
+
+@lru_cache(maxsize=1000)
+def _as_it_is(path: Path, _changed: int) -> str:
+    try:
+        if path.suffix not in TYPES or path.stat().st_size > SMALL_BYTES:
+            return ""
+        return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError:
+        return ""
 
 
 def served(path: Path) -> Path:
@@ -128,31 +148,52 @@ def served(path: Path) -> Path:
     folder = studio_home() / "cache" / "served" / hashlib.sha256(str(path).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / path.name
-    target.write_bytes(path.read_bytes())
+    try:
+        if target.stat().st_mtime_ns != path.stat().st_mtime_ns:
+            raise FileNotFoundError
+    except FileNotFoundError:
+        shutil.copy2(path, target)
     return target
 
 
 def sample_grid(folder: Path, samples: Sequence[dict[str, Any]]) -> str:
-    """Rows are steps, the first the base alone; columns are prompts. Arrow keys move, Enter shows a picture large."""
-    if not samples:
-        return ""
+    """Rows are steps, the first the base alone; columns are prompts."""
     prompts = list(dict.fromkeys(e["prompt"] for e in samples))
-    rows: dict[int, dict[str, Path]] = {}
+    found: dict[int, dict[str, Path]] = {}
     for event in samples:
-        rows.setdefault(event["step"], {})[event["prompt"]] = folder / event["path"]
-    made = thumbnails([path for row in rows.values() for path in row.values()])
-    head = "".join(f"<th scope='col'>{text(prompt)}</th>" for prompt in prompts)
+        found.setdefault(event["step"], {})[event["prompt"]] = folder / event["path"]
+    rows = [
+        (f"step {number}" if number else "the base", [row.get(prompt) for prompt in prompts])
+        for number, row in sorted(found.items())
+    ]
+    return picture_grid(prompts, rows)
+
+
+def picture_grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path | None]]], large: bool = False) -> str:
+    """Pictures of the studio's own under their columns' names. Arrow keys move, Enter shows a picture large.
+
+    None is a picture that is not drawn yet. A row that is named `the base` is marked as what others are held against.
+    """
+    if not rows:
+        return ""
+    urls = own_pictures([path for _, row in rows for path in row if path is not None])
+    head = "".join(f"<th scope='col'>{text(name)}</th>" for name in columns)
     body = ""
-    for number, row in sorted(rows.items()):
-        name = "the base" if number == 0 else f"step {number}"
-        cells = ""
-        for prompt in prompts:
-            url = made[row[prompt]].get("url", "") if prompt in row else ""
-            title = f"{prompt} ({name})"
-            if prompt not in row:
-                cells += "<td></td>"  # not drawn yet
-                continue
-            picture = f"<img alt='{text(title)}' src='{url}'>" if url else "missing"
-            cells += f"<td><button data-cell type='button' title='{text(title)}'>{picture}</button></td>"
-        body += f"<tr class='{'base' if number == 0 else ''}'><th scope='row'>{name}</th>{cells}</tr>"
-    return f"<div class='grid'><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    for name, row in rows:
+        cells = "".join(_cell(f"{column} ({name})", path, urls) for column, path in zip(columns, row, strict=True))
+        body += f"<tr class='{'base' if name == 'the base' else ''}'><th scope='row'>{text(name)}</th>{cells}</tr>"
+    kind = "grid large" if large else "grid"
+    return f"<div class='{kind}'><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(title: str, path: Path | None, urls: dict[Path, str]) -> str:
+    if path is None:
+        return "<td class='coming'></td>"
+    full = "" if _as_it_is(path, _mark(path)) else f" data-full='{text(file_url(served(path)))}'"
+    picture = f"<img alt='{text(title)}' src='{urls[path]}'{full}>" if urls[path] else "missing"
+    return f"<td><button data-cell type='button' title='{text(title)}'>{picture}</button></td>"
+
+
+def file_url(path: Path) -> str:
+    """The address of a file in a folder that the server gives files from."""
+    return f"/gradio_api/file={quote(str(path))}"

@@ -131,14 +131,17 @@ def build() -> tuple[list[Any], dict[str, Any]]:
             made[key] = form.widget(own[key], min_width=200)
     with gr.Accordion("Advanced", open=False):
         for kind, fields in method_fields().items():
-            with gr.Accordion(f"Method: {kind}", open=True, visible=False) as groups[kind], gr.Row():
+            with (
+                gr.Accordion(f"Method: {kind}", open=True, visible=False) as groups[kind],
+                gr.Row(elem_classes="fields"),
+            ):
                 for field in fields:
                     made[f"{kind}:{field.key}"] = form.widget(field, min_width=260)
         rest = [field for field in preset_fields() if field.key not in SIMPLE]
         for title, belongs in GROUPS.items():
             mine = [field for field in rest if belongs(field.key)]
             rest = [field for field in rest if field not in mine]
-            with gr.Accordion(title, open=False), gr.Row():
+            with gr.Accordion(title, open=False), gr.Row(elem_classes="fields"):
                 for field in mine:
                     made[field.key] = form.widget(field, min_width=260)
     return [made[key] for key in keys()], groups

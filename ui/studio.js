@@ -11,7 +11,7 @@
     const picture = cell.querySelector("img");
     if (!picture) return;
     const image = document.createElement("img");
-    image.src = picture.src;
+    image.src = picture.dataset.full || picture.src;
     image.alt = picture.alt;
     const text = document.createElement("p");
     text.textContent = cell.title;

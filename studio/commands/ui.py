@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from studio.errors import MissingPart
+from studio.errors import MissingPart, StudioError
 from studio.terminal import say
+
+
+def _gather() -> None:
+    from studio.schemas import schemas
+
+    with suppress(StudioError):  # whoever needs them next says why
+        schemas()
 
 
 def ui(
@@ -23,6 +32,7 @@ def ui(
     if library is not None:
         os.environ["STUDIO_LIBRARY"] = str(library.expanduser().resolve())  # for the trainings begun from there too
     say("starting; the first start takes longer, since the settings of all methods are gathered")
+    threading.Thread(target=_gather, daemon=True).start()  # by another process, while this one imports gradio
     try:
         app = importlib.import_module("ui.app")
     except ModuleNotFoundError as error:

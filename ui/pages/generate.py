@@ -9,28 +9,19 @@ from typing import Any
 import gradio as gr
 
 from studio import library
-from studio.cards import read_card
 from studio.drawing import Engine, pictures_dir
-from studio.errors import AdapterError, RequestError
+from studio.errors import RequestError
 from ui import pieces, settings
+from ui.adapters import adapter_choices, checked, make_sliders, sliders
 from ui.errors import plain
 from ui.registry import Page
+from ui.sweep import AXES, EXAMPLES, Sweep, sweep_of
 
 MOST_ADAPTERS = 4
 MOST_PICTURES = 16
 HISTORY = 60
+WIDE = 384  # pixels from which a picture needs more room
 ENGINE = Engine()
-
-
-def adapter_choices() -> list[tuple[str, str]]:
-    found = []
-    for entry in library.entries():
-        try:
-            word = read_card(entry.path).get("trigger", "")
-        except AdapterError:
-            continue
-        found.append((f"{entry.name} - say: {word}" if word else entry.name, entry.name))
-    return found
 
 
 def history() -> list[tuple[str, str]]:
@@ -40,41 +31,42 @@ def history() -> list[tuple[str, str]]:
     return [(str(path), path.parent.name.split("-", 2)[-1].rsplit("-", 1)[0]) for path in pictures[:HISTORY]]
 
 
-def sliders(names: list[str], *values: float) -> list[Any]:
-    """A slider for each chosen adapter."""
-    return [
-        gr.update(visible=i < len(names), label=f"Strength of {names[i]}" if i < len(names) else "", value=values[i])
-        for i in range(MOST_ADAPTERS)
-    ]
-
-
 def request_of(values: tuple[Any, ...]) -> dict[str, Any]:
     """What the page asks the drawing process for. Raises RequestError."""
     prompt, negative, base, names, *rest = values
-    strengths, (_, seed, count, steps, guidance, width, height, wait) = rest[:MOST_ADAPTERS], rest[MOST_ADAPTERS:]
+    strengths, (_, seed, count, steps, guidance, width, height, wait, *_) = rest[:MOST_ADAPTERS], rest[MOST_ADAPTERS:]
     if not str(prompt or "").strip():
         raise RequestError("the prompt is empty", "say what to draw, for example: a dog, on a blue background")
-    known = {entry.name for entry in library.entries()}
-    for name in names or ():
-        if name not in known:
-            raise RequestError(f"there is no adapter '{name}'", "reload the page")
+    names = checked(names)
     return {
         "prompt": prompt.strip(), "negative": negative or "", "base": base or None, "seed": int(seed or 0),
-        "adapters": [f"{name}:{weight}" for name, weight in zip(names or (), strengths, strict=False)],
+        "adapters": [f"{name}:{weight}" for name, weight in zip(names, strengths, strict=False)],
         "steps": int(steps) if steps else None, "guidance": float(guidance) if guidance is not None else None,
         "count": min(max(1, int(count or 1)), MOST_PICTURES), "width": int(width) if width else None,
         "height": int(height) if height else None, "wait": bool(wait),
     }  # fmt: skip
 
 
+NOTHING = gr.skip()
+
+
 @plain
 def draw(*values: Any) -> Iterator[tuple[Any, ...]]:
-    """Pictures as they come: (gallery, preview, sentence, next seed, history)."""
+    """Pictures as they come: (gallery, preview, sentence, next seed, history, sweep)."""
     request = request_of(values)
+    x, xs, y, ys, without = values[-5:]
+    sweep = sweep_of(x, xs, y, ys, without, request["adapters"])
+    if sweep is not None:
+        request["cells"] = sweep.cells(request)
+    total = len(request.get("cells", ())) or request["count"]
     pictures: list[tuple[str, str]] = []
     warnings: list[str] = []
     notes: list[str] = []
-    yield _shown([]), gr.update(visible=False), pieces.say("Starting to draw."), gr.skip(), gr.skip()
+
+    def shown(gallery: Any = NOTHING, preview: Any = NOTHING, said: Any = NOTHING, *rest: Any) -> tuple[Any, ...]:
+        return gallery, preview, said, *rest, *[NOTHING] * (3 - len(rest))
+
+    yield shown(_shown([]), gr.update(visible=False), pieces.say("Starting to draw."), NOTHING, NOTHING, "")
     for answer in ENGINE.draw(request):
         if "error" in answer:
             raise RequestError(answer["error"], answer.get("hint", ""))
@@ -82,24 +74,49 @@ def draw(*values: Any) -> Iterator[tuple[Any, ...]]:
             warnings.append(f"Note: {answer['warning']}.")
         elif "note" in answer:
             notes = [answer["note"]]
-            yield gr.skip(), gr.skip(), _progress([*warnings, *notes], ""), gr.skip(), gr.skip()
+            yield shown(said=_progress([*warnings, *notes], ""))
         elif "preview" in answer:
-            yield gr.skip(), gr.update(visible=True, value=_loaded(answer["preview"])), gr.skip(), gr.skip(), gr.skip()
+            yield shown(preview=gr.update(visible=True, value=_loaded(answer["preview"])))
         elif "step" in answer:
-            where = f"Picture {answer['number'] + 1} of {request['count']}, step {answer['step']} of {answer['steps']}"
-            part = (answer["number"] + answer["step"] / answer["steps"]) / request["count"]
-            yield gr.skip(), gr.skip(), _progress([*warnings, *notes], where, part), gr.skip(), gr.skip()
+            where = f"Picture {answer['number'] + 1} of {total}, step {answer['step']} of {answer['steps']}"
+            part = (answer["number"] + answer["step"] / answer["steps"]) / total
+            yield shown(said=_progress([*warnings, *notes], where, part))
         elif "picture" in answer:
             pictures.append((answer["picture"], f"seed {answer['seed']}"))
-            yield _shown(pictures), gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()
+            if sweep is None:
+                yield shown(drawn(pictures), gr.update(visible=False))
+            else:
+                yield shown(
+                    NOTHING, gr.update(visible=False), NOTHING, NOTHING, NOTHING, _swept(sweep, pictures, total)
+                )
     locked, seed = values[4 + MOST_ADAPTERS], request["seed"]
     done = pieces.say(" ".join([f"{len(pictures)} drawn.", *warnings]), "good" if pictures else "")
-    yield gr.skip(), gr.update(visible=False), done, seed if locked else seed + request["count"], _shown(history())
+    following = seed if locked or sweep is not None else seed + request["count"]
+    yield shown(NOTHING, gr.update(visible=False), done, following, _shown(history()))
+
+
+def _swept(sweep: Sweep, pictures: list[tuple[str, str]], total: int) -> str:
+    found: list[Path | None] = [Path(path) for path, _ in pictures]
+    return pieces.picture_grid(sweep.columns, sweep.grid([*found, *[None] * (total - len(found))]), large=total <= 16)
 
 
 def _shown(pictures: list[tuple[str, str]]) -> Any:
-    """A gallery takes no room while it is empty."""
+    """A gallery takes no room while it is empty; large pictures get more of it."""
     return gr.update(value=list(pictures), visible=bool(pictures))
+
+
+def drawn(pictures: list[tuple[str, str]]) -> Any:
+    """The pictures of this drawing: two in a row if they are large, one alone as large as the page."""
+    wide = bool(pictures) and _width(pictures[0][0]) > WIDE
+    columns = min(2, len(pictures)) if wide else 4
+    return gr.update(value=list(pictures), visible=bool(pictures), columns=columns)
+
+
+def _width(path: str) -> int:
+    from PIL import Image
+
+    with Image.open(path) as picture:  # the studio's own
+        return picture.width
 
 
 def _loaded(path: str) -> Any:
@@ -166,13 +183,13 @@ def build() -> None:
         with gr.Row():
             adapters = gr.Dropdown(
                 [], label="Adapters", info=f"Up to {MOST_ADAPTERS}, together.", multiselect=True,
-                max_choices=MOST_ADAPTERS, scale=2,
+                max_choices=MOST_ADAPTERS, scale=2, elem_id="adapters",
             )  # fmt: skip
             count = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=MOST_PICTURES, min_width=90)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
             lock = gr.Checkbox(True, label="Keep the seed", info="Off: it moves on.", min_width=120)
         with gr.Row():
-            strengths = [gr.Slider(0, 2, 1, step=0.05, visible=False, min_width=160) for _ in range(MOST_ADAPTERS)]
+            strengths = make_sliders(MOST_ADAPTERS)
         with gr.Accordion("Advanced", open=False):
             with gr.Row():
                 base = gr.Dropdown(
@@ -188,6 +205,14 @@ def build() -> None:
                 width = gr.Number(None, label="Width", info="Pixels. Empty: the base's own.", precision=0)
                 height = gr.Number(None, label="Height", info="Pixels. Empty: the base's own.", precision=0)
             wait = gr.Checkbox(label="Wait for a running training instead of pausing it for each picture")
+        with gr.Accordion("Sweep: a grid over strength, seed, steps or guidance", open=False), gr.Row():
+            axes = []
+            for label in ("Columns", "Rows"):
+                axis = gr.Dropdown(AXES, value="", label=label, min_width=180)
+                numbers = gr.Textbox(label=f"Values of the {label.lower()}", min_width=180, info="With commas between.")
+                axis.input(lambda kind: EXAMPLES.get(kind, ""), axis, numbers, **quiet)
+                axes += [axis, numbers]
+            without = gr.Checkbox(True, label="A column without adapters", min_width=180)
         with gr.Row():
             go = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
             stop = gr.Button("Stop", size="lg", scale=0, min_width=120)
@@ -206,6 +231,7 @@ def build() -> None:
             visible=False,
             elem_id="pictures",
         )
+    sheet = gr.HTML()
     with gr.Accordion("Drawn before: choose one to restore its settings", open=True):
         before = gr.Gallery(
             label="History", show_label=False, columns=10, height="auto", object_fit="cover", fit_columns=False,
@@ -215,7 +241,7 @@ def build() -> None:
         file = gr.File(label="Or drop a picture that the studio drew", file_types=[".png", ".jpg", ".webp"], height=150)
     knobs = [prompt, negative, base, adapters, *strengths, lock, seed, count, steps, guidance, width, height]
     drawing = gr.on(
-        [go.click, prompt.submit], draw, [*knobs, wait], [gallery, preview, said, seed, before],
+        [go.click, prompt.submit], draw, [*knobs, wait, *axes, without], [gallery, preview, said, seed, before, sheet],
         show_progress="hidden", api_name="draw", concurrency_limit=4,
     )  # fmt: skip
     stop.click(lambda: ENGINE.cancel(), None, None, cancels=[drawing], **quiet)

@@ -64,10 +64,8 @@ def cards(search: str, page: int, chosen: str) -> str:
             "The library is empty", "Finished trainings come here by themselves. Start one under Train."
         )
     shown = entries[page * A_PAGE : (page + 1) * A_PAGE]
-    previews = pieces.thumbnails([e.path.with_suffix(".png") for e in shown if e.path.with_suffix(".png").exists()])
-    made = "".join(
-        _card(e, previews.get(e.path.with_suffix(".png"), {}).get("url", ""), e.name == chosen) for e in shown
-    )
+    previews = pieces.own_pictures([e.path.with_suffix(".png") for e in shown if e.path.with_suffix(".png").exists()])
+    made = "".join(_card(e, previews.get(e.path.with_suffix(".png"), ""), e.name == chosen) for e in shown)
     return f"<div class='cards' role='group' aria-label='Adapters'>{made}</div>"
 
 

@@ -21,6 +21,7 @@ from ui.registry import Page
 PLACES = {
     "runs": "trainings: settings, events, samples, checkpoints", "library": "finished adapters",
     "pictures": "everything drawn", "data": "the pictures of trainings begun here", "drafts": "what is being prepared",
+    "merges": "merges that were tried", "evaluations": "cards of adapters without a run",
     "cache": "encoded pictures and thumbnails; may be deleted", "removed": "adapters that undo can bring back",
 }  # fmt: skip
 MARKS = {"ok": ("good", "&#10003; fine"), "note": ("", "note"), "missing": ("bad", "&#9888; missing")}

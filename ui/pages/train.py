@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from ui import live, pieces, settings
 from ui.commands import ask
 from ui.draft import Draft, draft_of
 from ui.errors import plain, said
+from ui.estimate import estimate, remember_check
 from ui.registry import Page
 
 
 def preset_cards(chosen: str) -> str:
-    cards = ""
-    for name, content in settings.presets().items():
-        url = pieces.own_picture(_example(content) or Path())
+    cards, known = "", settings.presets()
+    examples = {name: path for name, content in known.items() if (path := _example(content)) is not None}
+    urls = pieces.own_pictures([*examples.values()])
+    for name, content in known.items():
+        url = urls.get(examples.get(name, Path()), "")
         picture = f"<img src='{url}' alt=''>" if url else "<span class='blank'>your pictures</span>"
         mark = "<span class='chosen'>&#10003; chosen</span>" if name == chosen else ""
         cards += (
@@ -82,10 +85,9 @@ def _example_photos(preset: str) -> str:
     if folder is None or not folder.is_dir():
         return pieces.empty("No pictures yet", "Drop 4 to 20 pictures above.")
     pictures = sorted(folder.glob("*.png"))[:12]
-    made = pieces.thumbnails(pictures)
+    urls = pieces.own_pictures(pictures)
     shown = "".join(
-        f"<div class='photo'><img src='{made[p].get('url', '')}' alt=''><div class='mark'>example</div></div>"
-        for p in pictures
+        f"<div class='photo'><img src='{urls[p]}' alt=''><div class='mark'>example</div></div>" for p in pictures
     )
     note = pieces.empty(
         "No pictures of yours yet", "Without any, the training learns this example: try it in one click."
@@ -171,7 +173,7 @@ def load_preset(name: str, preset: str) -> list[Any]:
     draft = draft_of(name)
     draft.save_form({**draft.form(), "preset": preset, "values": dict(zip(settings.keys(), values, strict=True))})
     draft.changed()
-    return [preset, preset_cards(preset), photos(draft, preset), *values, *_groups(values[1])]
+    return [preset, preset_cards(preset), photos(draft, preset), foreseen(preset, values), *values, *_groups(values[1])]
 
 
 def choose_method(preset: str, kind: str) -> list[Any]:
@@ -186,12 +188,22 @@ def _groups(kind: str) -> list[Any]:
     return [gr.update(visible=known == kind) for known in settings.method_fields()]
 
 
-def save_form(name: str, preset: str, title: str, *values: Any) -> None:
+def save_form(name: str, preset: str, title: str, *values: Any) -> str:
+    """Keeps the form, and says how long such a training takes."""
     draft = draft_of(name)
     form = {"preset": preset, "title": title, "values": dict(zip(settings.keys(), values, strict=True))}
     if form != draft.form():
         draft.save_form(form)
         draft.changed()
+    return foreseen(preset, values)
+
+
+def foreseen(preset: str, values: Sequence[Any]) -> str:
+    """Time and memory, by what was trained before; "" for a form that is not right yet."""
+    try:
+        return f"<p class='lead' role='status'>{pieces.text(estimate(settings.content_of(preset, list(values))))}</p>"
+    except StudioError:
+        return ""
 
 
 @plain
@@ -231,6 +243,7 @@ def check(name: str, preset: str, *values: Any) -> Iterator[tuple[Any, Any]]:
         data = draft.pictures_dir if draft.pictures() else None
         order = _write_order(draft, preset, list(values), f"check-{draft.name}", data)
         draft.save_report(ask("check", "--preset", str(order)))
+        remember_check(settings.content_of(preset, list(values)), draft.report())
         yield report_of(draft.report()), photos(draft, preset)
     except StudioError as error:
         raise said(error) from None
@@ -273,7 +286,7 @@ def restore(name: str | None) -> list[Any]:
         draft.name, preset, preset_cards(preset), photos(draft, preset), form.get("title", ""),
         report_of(draft.report()),
         gr.Tabs(selected="now" if busy else "new"), gr.update(choices=live.run_choices(), value=active or None),
-        *given.values(), *_groups(given["kind"]),
+        foreseen(preset, [*given.values()]), *given.values(), *_groups(given["kind"]),
     ]  # fmt: skip
 
 
@@ -314,6 +327,7 @@ def build() -> None:
             with gr.Row():
                 look = gr.Button("Check first", size="lg")
                 go = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+            ahead = gr.HTML()
             report = gr.HTML()
         with gr.Tab("Now and before", id="now"):
             queue = gr.HTML(js_on_load=pieces.TELL)
@@ -321,7 +335,7 @@ def build() -> None:
             with gr.Column(elem_classes="section"):
                 live.build_panel(chosen)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    _wire_form(draft, preset, title, cards, shown, widgets, groups, text, (as_yaml, show, use), quiet)
+    _wire_form(draft, preset, title, cards, shown, widgets, groups, ahead, text, (as_yaml, show, use), quiet)
     files.upload(add_files, [draft, preset, files], [shown, files, left_out], **quiet)
     shown.click(remove_photo, [draft, preset], shown, **quiet)
     shown.input(edit_caption, draft, None, **quiet)
@@ -333,7 +347,7 @@ def build() -> None:
         None,
         restore,
         draft,
-        [draft, preset, cards, shown, title, report, tabs, chosen, *widgets, *groups.values()],
+        [draft, preset, cards, shown, title, report, tabs, chosen, ahead, *widgets, *groups.values()],
         **quiet,
     )
     seen = gr.State(None)
@@ -343,16 +357,16 @@ def build() -> None:
 
 def _wire_form(
     draft: Any, preset: Any, title: Any, cards: Any, shown: Any, widgets: list[Any], groups: dict[str, Any],
-    text: Any, yaml_parts: tuple[Any, Any, Any], quiet: dict[str, Any],
+    ahead: Any, text: Any, yaml_parts: tuple[Any, Any, Any], quiet: dict[str, Any],
 ) -> None:  # fmt: skip
     as_yaml, show, use = yaml_parts
     at = settings.keys().index
-    cards.click(choose_preset, draft, [preset, cards, shown, *widgets, *groups.values()], **quiet)
+    cards.click(choose_preset, draft, [preset, cards, shown, ahead, *widgets, *groups.values()], **quiet)
     kind, rate = widgets[at("kind")], widgets[at("learning_rate")]
     kind.input(choose_method, [preset, kind], [rate, *groups.values()], **quiet)
     typed = [w.blur for w in [title, *widgets] if isinstance(w, gr.Textbox)]
     picked = [w.input for w in widgets if not isinstance(w, gr.Textbox)]
-    gr.on([*typed, *picked], save_form, [draft, preset, title, *widgets], None, **quiet)
+    gr.on([*typed, *picked], save_form, [draft, preset, title, *widgets], ahead, **quiet)
     for event in (as_yaml.expand, show.click):
         event(show_yaml, [preset, *widgets], text, **quiet)
     use.click(use_yaml, text, [*widgets, *groups.values()], **quiet)
