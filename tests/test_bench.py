@@ -1,6 +1,5 @@
 """The benchmark's own arithmetic: what it counts is there, what it compares is comparable. Nothing here is timed."""
 
-import itertools
 import json
 from contextlib import nullcontext
 
@@ -238,6 +237,17 @@ def test_peft_gets_our_rank_at_every_site():
     assert sorted(p.shape for p in ours.parameters) == sorted(p.shape for p in theirs.parameters)
 
 
+def test_a_half_precision_base_takes_half_the_memory_and_trains_in_fp32():
+    def half():
+        return training(bare_base(StableDiffusion, PICO, torch.bfloat16), 1, autocast=True)
+
+    for name in ("lora", "peft-lora", "sara"):
+        made = []
+        measured(name, half, made=made)
+        assert {p.dtype for p in made[0].parameters} == {torch.float32}, name
+    assert {p.dtype for p in half().module.parameters()} == {torch.bfloat16}
+
+
 def test_sdxl_is_fed_its_sizes_and_pooled_text():
     config = {
         **PICO,
@@ -341,7 +351,7 @@ def test_on_a_gpu_every_backend_has_rows():
     from studio.bench import gpu
 
     case = Case("pico", pico, ("attention",), 2, who=("lora", "sara"))
-    rows = list(gpu.measure([case], rounds=2))
-    expected = itertools.product(gpu.attention_backends(), case.names)
-    assert [(row.case, row.name) for row in rows] == [(f"pico, {backend}", name) for backend, name in expected]
-    assert all(row.figures["peak_gib"] > 0 for row in rows)
+    expected = [(f"pico, {b} on the GPU", name) for b in gpu.attention_backends() for name in case.names]
+    for rows in (list(gpu.peak_rows([case])), list(gpu.time_rows([case], rounds=2))):
+        assert [(row.case, row.name) for row in rows] == expected
+        assert not [row.note for row in rows if row.note]

@@ -13,7 +13,13 @@ from studio.errors import AdapterError, PresetError
 from studio.method import Origin, PatchMethod, RankedMethod, method_from, methods
 from studio.patch import Delta, LayerShape
 
-KINDS = [kind for kind, cls in methods().items() if issubclass(cls, PatchMethod) and cls.trainable]
+KINDS = [
+    kind
+    for kind, cls in methods().items()
+    if issubclass(cls, PatchMethod)
+    and cls.trainable
+    and cls.has_weight_form  # inserted modules have tests of their own
+]
 LAYERS = list(layers())
 ORIGIN = Origin("concept", 3)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -21,7 +21,7 @@ PEERS = ("peft-lora", "full", "sara-reference")
 
 @dataclass(frozen=True)
 class Case:
-    """`who` are those that take part: names of methods and of PEERS; None: all methods, and `peers`."""
+    """`peers` and the methods `who` take part; None: all methods. `make` builds a network of its own for each."""
 
     name: str
     make: Callable[[], Workload]
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """PEFT's LoRA comes first."""
+        """Peers first: the others are compared with them."""
         return (*self.peers, *(self.who if self.who is not None else trainable_kinds()))
 
     def trainee(self, name: str, workload: Workload, fresh: FreshPatches | None = None) -> Trainee:
@@ -53,14 +53,17 @@ class Case:
         return lora_share(workload, self.targets, self.rank, cls.kinds)
 
 
+def compared_with(name: str, there: Collection[str]) -> list[str]:
+    """With whom a row is compared, as far as they are there: the peers, and our LoRA."""
+    return [peer for peer in (*PEERS, "lora") if peer in there and peer != name]
+
+
 def _network(build: Callable[[], LatentDiffusion], batch: int, checkpointing: bool = False) -> Workload:
     return training(build(), batch, checkpointing)
 
 
 def _sdxl_bf16() -> Workload:
-    base = sdxl()
-    base.pipe.unet.to(torch.bfloat16)
-    return training(base, 1, checkpointing=True, autocast=True)
+    return training(sdxl(torch.bfloat16), 1, checkpointing=True, autocast=True)
 
 
 def _sticker(batch: int) -> Workload:
@@ -72,6 +75,14 @@ EVERYWHERE = ("peft-lora", "full", "sara-reference")
 MEMORY = (
     Case("sd15 fp32 batch 1, all layers", partial(_network, sd15, 1), ("all",), 36, EVERYWHERE),
     Case("sd15 fp32 batch 4 checkpointing, all layers", partial(_network, sd15, 4, True), ("all",), 36, EVERYWHERE),
+    Case(  # the paper's largest budget
+        "sd15 fp32 batch 1, all layers, 50 M",
+        partial(_network, sd15, 1),
+        ("all",),
+        48,
+        ("sara-reference",),
+        ("lora", "sara"),
+    ),
     Case("sd15 fp32 batch 4, attention", partial(_network, sd15, 4), ("attention",), 16),
     Case("sdxl bf16 batch 1 checkpointing, attention", _sdxl_bf16, ("attention",), 16),
 )

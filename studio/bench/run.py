@@ -47,17 +47,18 @@ def run(part: str, chosen: str = "", rounds: int = 15, progress: Progress = lamb
         with _one_thread():
             rows = merge.measure(rounds)
         return Result(part, machine(), rows, judge(bars.MERGE, rows))
-    known = cases.MEMORY if part == "memory" else cases.SPEED
+    on_gpu = torch.cuda.is_available()
+    known = cases.MEMORY if part == "memory" else (*cases.SPEED, *(cases.MEMORY if on_gpu else ()))
     wanted = [case for case in known if chosen in case.name]
     if not wanted:
         raise RequestError(f"no case of 'bench {part}' has '{chosen}' in its name", "; ".join(c.name for c in known))
     if part == "memory":
         rows = list(memory_rows(wanted, progress))
-        if torch.cuda.is_available():
-            rows += gpu.measure(wanted, rounds)
+        if on_gpu:
+            rows += gpu.peak_rows(wanted)
         return Result(part, machine(), rows, judge(bars.MEMORY, rows))
-    if torch.cuda.is_available():
-        rows = list(gpu.measure(wanted, rounds))
+    if on_gpu:
+        rows = list(gpu.time_rows(wanted, rounds))
     else:
         with _one_thread():
             rows = [row for case in wanted for row in speed_rows(case, rounds, progress)]
@@ -82,7 +83,9 @@ def memory_rows(wanted: Sequence[Case], progress: Progress = lambda *_: None) ->
                 yield Row(case.name, name, note=error.message)
                 continue
             peaks[name] = found.peak
-            yield _memory_row(case.name, name, found, {peer: found.peak / peaks[peer] for peer in _peers(peaks, name)})
+            yield _memory_row(
+                case.name, name, found, {peer: found.peak / peaks[peer] for peer in cases.compared_with(name, peaks)}
+            )
 
 
 def _on_fakes(case: Case, name: str, mode: FakeTensorMode, workload: Workload) -> Trainee:
@@ -96,11 +99,6 @@ def _memory_row(case: str, name: str, found: Footprint, ratios: dict[str, float]
         "with_gradients": found.kept_with_gradients / found.trained,
     }
     return Row(case, name, found.trained, figures, {peer: Ratio(r, r, r) for peer, r in ratios.items()})
-
-
-def _peers(known: Any, name: str) -> list[str]:
-    """Whom a row is compared with: the peers, and our LoRA."""
-    return [peer for peer in (*cases.PEERS, "lora") if peer in known and peer != name]
 
 
 # -- speed ---------------------------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def speed_rows(case: Case, rounds: int, progress: Progress = lambda *_: None) ->
     steps = {name: one.step for name, one in there.items()}
     seconds = take_turns(steps, rounds, on_round=lambda n: progress(case.name, n - 1, rounds + 2))
     for name, one in there.items():
-        ratios = {peer: ratio(seconds, name, peer) for peer in _peers(there, name)}
+        ratios = {peer: ratio(seconds, name, peer) for peer in cases.compared_with(name, there)}
         rows.append(Row(case.name, name, one.trained, {"step_ms": 1e3 * statistics.median(seconds[name])}, ratios))
     return rows
 

@@ -76,8 +76,9 @@ def fresh_patches(method: PatchMethod, sites: Mapping[str, Site]) -> dict[str, P
 
 
 def trainable_kinds() -> list[str]:
-    """Every method of the registry that trains patches."""
-    return [kind for kind, cls in methods().items() if issubclass(cls, PatchMethod) and cls.trainable]
+    """Every method of the registry that trains a change of weights, and so may go on any of the layers here."""
+    patching = {kind: cls for kind, cls in methods().items() if issubclass(cls, PatchMethod)}
+    return [kind for kind, cls in patching.items() if cls.trainable and cls.has_weight_form]
 
 
 def equal_method(kind: str, targets: Sequence[str], rank: int, share: float, **settings: object) -> PatchMethod:

@@ -49,12 +49,17 @@ class Workload:
 # -- networks ------------------------------------------------------------------------------------------------------
 
 
-def bare_base(family: type[LatentDiffusion], config: dict[str, Any]) -> LatentDiffusion:
+def bare_base(
+    family: type[LatentDiffusion], config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> LatentDiffusion:
     """A base that is only a UNet of this configuration, with random weights, on the current device."""
     from diffusers import UNet2DConditionModel
 
     unet: Any = UNet2DConditionModel(**config)
-    unet.eval().requires_grad_(False)
+    unet.eval()
+    for part in unet.modules():  # `Module.to` does not work on fake tensors
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            part.register_parameter(name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     return family(family.__name__, SimpleNamespace(unet=unet, components={"unet": unet}))
 
 
@@ -62,8 +67,8 @@ def sd15() -> LatentDiffusion:
     return bare_base(StableDiffusion, SD15)
 
 
-def sdxl() -> LatentDiffusion:
-    return bare_base(StableDiffusionXL, SDXL)
+def sdxl(dtype: torch.dtype = torch.float32) -> LatentDiffusion:
+    return bare_base(StableDiffusionXL, SDXL, dtype)
 
 
 def training(base: LatentDiffusion, batch: int, checkpointing: bool = False, autocast: bool = False) -> Workload:

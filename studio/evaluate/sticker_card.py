@@ -71,7 +71,7 @@ def measure_base(
         "per_glyph": per_glyph,
         "seed": seed,
         "steps": steps,
-        "guidance": guidance,
+        "guidance": base.guidance if guidance is None else guidance,
         "scores": scores(judge.judge(drawn), judge.judge(renderings), wanted),
         "autoencoder_psnr_db": {split: autoencoder_psnr(base, split, psnr_pictures) for split in ("train", "held-out")},
         "seconds": round(time.monotonic() - began, 1),
@@ -92,6 +92,7 @@ def draw_batches(
     options: dict[str, Any] = {"width": base.resolution, "height": base.resolution, "output_type": "pil"}
     if steps is not None:
         options["num_inference_steps"] = steps
+    guidance = base.guidance if guidance is None else guidance
     if guidance is not None:
         options["guidance_scale"] = guidance
     base.pipe.set_progress_bar_config(disable=True)
