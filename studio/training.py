@@ -247,7 +247,7 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     if base.medium == "audio":
         assert isinstance(preset.method, PatchMethod)
         refuse_picture_settings(preset.method, preset)
-    _refuse_prior_of_nothing(preset, base)
+    preset = _with_possible_prior(preset, base, changes)
     pictures, trigger = _scan(preset, base, order.name, looking)
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
     name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
@@ -277,13 +277,14 @@ def _exportable(preset: Preset, chosen: bool, changes: list[str]) -> Preset:
     return preset.model_copy(update={"export": tuple(to for to in preset.export if to not in lost)})
 
 
-def _refuse_prior_of_nothing(preset: Preset, base: Base) -> None:
+def _with_possible_prior(preset: Preset, base: Base, changes: list[str]) -> Preset:
+    """The preset without its class pictures where nothing says what they should show."""
     data = preset.data
-    if data.prior.pictures and not (data.prior.prompts or base.prompts or data.class_word):
-        raise PresetError(
-            f"data.prior.pictures={data.prior.pictures}, and nothing says what '{preset.base}' should draw",
-            "set data.class_word, for example dog, or data.prior.prompts",
-        )
+    if not data.prior.pictures or data.prior.prompts or base.prompts or data.class_word:
+        return preset
+    changes.append("data.prior: no class pictures, for nothing says of what; with data.class_word=dog there are")
+    without = data.prior.model_copy(update={"pictures": 0})
+    return preset.model_copy(update={"data": data.model_copy(update={"prior": without})})
 
 
 def _settled(preset: Preset, base: Base, pictures: PictureSet | SoundSet, trigger: str) -> Preset:

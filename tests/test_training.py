@@ -182,7 +182,9 @@ def test_a_finished_run_leaves_everything_the_contract_names(recipe, tmp_path):
     assert "<svg" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", [kind for kind, cls in methods().items() if getattr(cls, "trainable", False)])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, cls in methods().items() if getattr(cls, "trainable", False) and cls.has_weight_form]
+)
 def test_every_method_trains_from_a_request_to_a_report(recipe, tmp_path, kind):
     events = train(recipe, tmp_path / "run", "steps=2", method=kind)
     assert events[-1].kind == "finished"
@@ -226,10 +228,12 @@ def test_without_a_name_the_trigger_is_fresh_and_the_same_for_the_same_data(reci
     assert len(cards[0].trigger) == 6
 
 
-def test_a_prior_of_nothing_is_refused_before_anything_is_written(recipe, tmp_path):
-    with pytest.raises(RequestError, match="nothing says what"):
-        train(recipe, tmp_path / "run", "data.prior.pictures=3")
-    assert not (tmp_path / "run").exists()
+def test_a_prior_of_nothing_is_left_out_and_told(recipe, tmp_path):
+    training = plan(Order(recipe, run=tmp_path / "run", settings=["data.prior.pictures=3"]))
+    assert training.preset.data.prior.pictures == 0
+    assert any("data.class_word" in line for line in training.changes)
+    training = plan(Order(recipe, run=tmp_path / "run", settings=["data.prior.pictures=3", "data.class_word=dog"]))
+    assert training.preset.data.prior.pictures == 3
 
 
 def test_a_run_is_never_written_over(recipe, tmp_path):

@@ -25,7 +25,7 @@ def inspect(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """What an adapter is; with several, how they would disturb each other. Example: studio inspect my-cat my-dog"""
+    """What an adapter is, or how several get on. Example: studio inspect my-cat"""
     if len(files) == 1:
         if html or calibrate:
             raise RequestError("a report on interference needs two adapters or more", "name another")
