@@ -183,8 +183,8 @@ def _by_site_and_term(card: Card, tensors: Mapping[str, Tensor]) -> dict[str, di
     return found
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header strings and tensors of a file. Raises AdapterError for a missing, foreign, truncated or NaN file."""
+def refuse_pickle(path: Path) -> None:
+    """Raises AdapterError for a pickle, whatever its name says, and for a file that cannot be read."""
     try:
         pickled = is_pickle(path)
     except OSError as error:
@@ -194,6 +194,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"'{path}' is a pickle, not a safetensors file",
             hint="pickles can run code when they are opened, so the studio never does; convert it to safetensors",
         )
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header strings and tensors of a file. Raises AdapterError for a missing, foreign, truncated or NaN file."""
+    refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

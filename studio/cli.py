@@ -65,6 +65,11 @@ def train(
     if resume:
         if run is None:
             raise RequestError("--resume needs the folder of the run", "add --run FOLDER; 'studio runs' lists them")
+        if settings or any(value is not None for value in (data, base, method, name, steps, seed)):
+            raise RequestError(
+                "a resumed run keeps the settings it began with, so that it ends with the same bits",
+                f"studio train --resume --run {run}; or start a new run",
+            )
         with CountProgress("looking through pictures", 0) as looking:
             training = plan_resume(run, looking.show)
     else:

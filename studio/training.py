@@ -140,6 +140,8 @@ class Training:
             if self.card is not None and not self.resume and isinstance(self.preset.method, PatchMethod):
                 self.preset.method.begin(self.card)
         for event in self._train(should_stop):
+            if event.kind == "started":
+                event = Event("started", event.step, {**event.data, "name": self.name})
             if main and event.kind != "progress":
                 self.run.append(event)
             yield event
@@ -318,11 +320,8 @@ def plan_resume(folder: Path, looking: Looking = lambda done, total: None) -> Tr
     content = read_preset(str(run.preset_path))
     preset = make_preset(content)
     accelerator = _accelerator(preset)
-    name = (
-        folder.resolve().name.split("-", 2)[-1]
-        if folder.resolve().parent == library.runs_dir().resolve()
-        else folder.name
-    )
+    began = next((event for event in run.history() if event["kind"] == "started"), {})
+    name = str(began.get("name") or folder.resolve().name)
     if not isinstance(preset.method, PatchMethod):
         base = preset.method.base(preset).to(accelerator.device)
         return Training(preset, [], base, run, name, accelerator, resume=True)

@@ -236,6 +236,11 @@ def test_a_prior_of_nothing_is_left_out_and_told(recipe, tmp_path):
     assert training.preset.data.prior.pictures == 3
 
 
+def test_a_resumed_run_keeps_its_name(recipe, tmp_path):
+    train(recipe, tmp_path / "run", stop_after=3, name="my-blip")
+    assert plan_resume(tmp_path / "run").name == "my-blip"
+
+
 def test_a_run_is_never_written_over(recipe, tmp_path):
     train(recipe, tmp_path / "run", "steps=1")
     with pytest.raises(RequestError, match="already holds a run"):

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from studio.adapter import refuse_pickle
 from studio.errors import AdapterError
-from studio.files import is_pickle, sha256_of
+from studio.files import sha256_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -86,15 +87,7 @@ class TensorFile:
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    try:
-        pickled = is_pickle(path)
-    except OSError as error:
-        raise AdapterError(f"cannot read '{path}': {error.strerror or error}") from None
-    if pickled:
-        raise AdapterError(
-            f"'{path}' is a pickle, not a safetensors file",
-            hint="pickles can run code when they are opened, so the studio never does; convert it to safetensors",
-        )
+    refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:  # checks lengths, offsets and gaps
             header = dict(file.metadata() or {})
