@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from studio.adapter import Card, load_adapter, new_adapter
 from studio.attachment import attach
 from studio.base import Base
+from studio.data.captions import put_words
 from studio.errors import WorkError
 from studio.fit import Group, Task
 from studio.method import PatchMethod
@@ -51,7 +52,8 @@ class AdapterTraining(Task):
         yield from ()
 
     def _fill(self, text: str) -> str:
-        return text.replace("{trigger}", self.adapter.card.trigger).replace("{class}", self.adapter.card.class_word)
+        card = self.adapter.card
+        return put_words(text, {"trigger": card.trigger, "class": card.class_word})
 
     def processes(self) -> int:
         return max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)

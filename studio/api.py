@@ -31,12 +31,25 @@ def attach(base: Base, *adapters: str) -> Iterator[Base]:
 
 
 def generate(
-    prompt: str, *, base: str | None = None, adapters: tuple[str, ...] = (), seed: int = 0, count: int = 1
+    prompt: str,
+    *,
+    base: str | None = None,
+    adapters: tuple[str, ...] = (),
+    regions: tuple[str, ...] = (),
+    seed: int = 0,
+    count: int = 1,
 ) -> list[Any]:
-    """Pictures of a prompt, with seeds from `seed` on. Without `base`, that of the first adapter."""
+    """Pictures of a prompt, with seeds from `seed` on. Without `base`, that of the first adapter.
+
+    `regions` are texts as `--region` takes them: "0,0,0.5,1:my-cat:a mycat"; elsewhere the prompt is drawn.
+    """
+    from studio.regions.drawing import drawing
+    from studio.regions.layout import Layout, parse_region
+
     uses = [parse_use(text) for text in adapters]
-    loaded = load_base(base or (uses[0].base if uses else "sticker"))
-    with wearing(loaded, uses):
+    layout = Layout(tuple(map(parse_region, regions)))
+    loaded = load_base(base or next((use.base for use in (*uses, *layout.uses)), "sticker"))
+    with drawing(loaded, layout, uses) if regions else wearing(loaded, uses):
         return loaded.generate(Request([prompt] * count, list(range(seed, seed + count))))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,9 @@ import typer
 
 from studio.commands.bench import bench
 from studio.commands.compare import compare
+from studio.commands.convert import convert
 from studio.commands.evaluate import evaluate
+from studio.commands.generate import generate
 from studio.commands.inspect import inspect
 from studio.commands.merge import merge
 from studio.commands.slots import slots
@@ -164,85 +165,16 @@ def _finished(training: Any, facts: dict[str, Any], as_json: bool) -> None:
     for target, path in facts.get("exports", {}).items():
         out.print(f"  {target + ' export:':<18}{path}", soft_wrap=True, markup=False)
     if training.card is not None:
+        from studio.data.captions import put_words
+
+        words = {"trigger": training.card.trigger, "class": training.card.class_word}
+        prompt = put_words(next(iter(training.preset.sample_prompts), "{trigger}"), words)
         out.print(
-            f'  {"try it:":<18}studio generate "{training.card.trigger}" --adapter {training.name}',
-            soft_wrap=True,
-            markup=False,
+            f'  {"try it:":<18}studio generate "{prompt}" --adapter {training.name}', soft_wrap=True, markup=False
         )
 
 
-@app.command()
-def generate(
-    prompt: str,
-    base: Annotated[str | None, typer.Option(help="Default: the base of the first adapter, else sticker.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME|FILE[:WEIGHT]", help="May be given again.")] = None,
-    bank: Annotated[bool, typer.Option("--bank", help="Add the library's adapters that the prompt calls.")] = False,
-    negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels. Default: the base's own.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Length of a sound. Default: the base's own.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip. Default: 8.")] = None,
-    fps: Annotated[float | None, typer.Option(min=1, max=60, help="Frames of a clip a second. Default: 8.")] = None,
-    loop: Annotated[bool, typer.Option("--loop", help="A clip that plays in a circle.")] = False,
-    given: Annotated[
-        list[str] | None,
-        typer.Option(metavar="INDEX=FILE", help="A picture that is this frame of the clip, from 0."),
-    ] = None,
-    out_path: Annotated[Path | None, typer.Option("--out", help="A file, or a folder for several.")] = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Draw pictures, play music. Example: studio generate "a zovuki, on blue" --adapter my-cat:0.9 --out cat.png"""
-    from studio.base import Request
-    from studio.bases.registry import load_base
-    from studio.generation import given_frames, missing_triggers, parse_use, wearing, works_of
-
-    width, height = _parse_size(size)
-    uses = [parse_use(text) for text in adapter or ()]
-    called = _called(prompt, bank, uses)
-    loaded = load_base(base or (uses[0].base if uses else called.base if called else "") or "sticker")
-    works = works_of(loaded)
-    paths = works.paths(out_path, count, prompt, force)
-    uses += called.worn(loaded) if called else []
-    pictures = given_frames(given or (), loaded, frames, fps, loop)
-    with wearing(loaded, uses) as warnings, CountProgress("drawing", count) as progress:
-        for warning in (*warnings, *missing_triggers(prompt, uses), *(called.warnings if called else ())):
-            say(f"warning: {warning}", style="yellow")
-        for number, path in enumerate(paths):
-            request = Request([prompt], [seed + number], negative, steps, guidance, width, height, seconds)
-            request = replace(request, frames=frames, fps=fps, loop=loop, given=pictures)
-            works.save(loaded.generate(request)[0], path, works.facts(request, 0, loaded, uses))
-            progress.show(number + 1)
-    if as_json:
-        print_json({works.noun: [str(path) for path in paths], "seeds": list(range(seed, seed + count))})
-    else:
-        for path in paths:
-            out.print(str(path), soft_wrap=True, markup=False)
-
-
-def _called(prompt: str, bank: bool, uses: list[Any]) -> Any:
-    """What the prompt calls from the library, if the bank is asked for."""
-    if not bank:
-        return None
-    from studio.bank import pick
-
-    architecture = uses[0].adapter.card.base.architecture if uses else ""
-    called = pick(prompt, [use.name for use in uses], architecture)
-    for entry in called.entries:
-        say(f"from the bank: {entry.name}")
-    return called
-
-
-def _parse_size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise RequestError(f"--size '{text}' is not of the form WIDTHxHEIGHT", "for example --size 128x128")
-    return int(parts[0]), int(parts[1])
+app.command()(generate)
 
 
 @app.command()
@@ -309,6 +241,7 @@ app.command()(evaluate)
 app.command()(sticker)
 app.command()(compare)
 app.command()(bench)
+app.command()(convert)
 app.command()(ui)
 
 

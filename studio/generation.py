@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +49,11 @@ def parse_use(text: str) -> Use:
 
 
 @contextmanager
-def wearing(base: Base, uses: Sequence[Use]) -> Iterator[list[str]]:
-    """Inside, the base has the adapters on; yields warnings about bases that differ. Raises AdapterError."""
+def wearing(base: Base, uses: Sequence[Use], only: Collection[str] | None = None) -> Iterator[list[str]]:
+    """Inside, the base has the adapters on; yields warnings about bases that differ. Raises AdapterError, RequestError.
+
+    `only` names the networks that wear them, by default all; learned words go with the text encoders.
+    """
     warnings = []
     sites = base.sites()
     taken: list[Attachment | WordAttachment] = []
@@ -60,8 +63,11 @@ def wearing(base: Base, uses: Sequence[Use]) -> Iterator[list[str]]:
             needs_values = any(getattr(p, "depends_on_weight", False) for ps in patches.values() for p in ps)
             if warning := base.check(use.adapter.card.base, needs_values):
                 warnings.append(warning)
-            taken.append(attach(sites, patches, use.weight))
-        words = merged_words(uses)
+            chosen = {name: p for name, p in patches.items() if only is None or name.split(".", 1)[0] in only}
+            for patch in (p for ps in chosen.values() for p in ps):
+                patch.eval()  # else one that was trained with dropout would draw at random
+            taken.append(attach(sites, chosen, use.weight))
+        words = merged_words(uses) if only is None or any(name in only for name in base.text_encoder_names) else {}
         if words:
             taken.append(WordAttachment(base, words))
         yield warnings

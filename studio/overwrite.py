@@ -50,7 +50,7 @@ class Journal:
         return torch.where(stash.positions[places] == positions, stash.values[places], values)
 
     def _rewrite(self, name: str, terms: list[tuple[Tensor, Tensor, float]]) -> None:
-        parameter = self.layer.get_parameter(name)
+        parameter = getattr(self.layer, name)
         stash = self.stashes.get(name)
         union = _union([positions for positions, _, _ in terms])
         if stash is None or union is None or not _same(stash.positions, union):
@@ -63,7 +63,7 @@ class Journal:
         total = stash.values.float()
         for positions, values, weight in terms:
             if len(positions) == len(total):
-                total = total + weight * values.to(total.device)
+                total = torch.add(total, values.to(total.device), alpha=weight)
             else:
                 total.index_add_(0, torch.searchsorted(stash.positions, positions), weight * values.to(total.device))
         write(parameter, stash.positions, total.to(parameter.dtype))
@@ -78,7 +78,7 @@ def write(parameter: Tensor, positions: Tensor, values: Tensor) -> None:
     """Sets the entries at flat positions, whatever the memory layout, behind autograd's back."""
     data = parameter.data
     if data.is_contiguous():
-        data.view(-1).index_copy_(0, positions.long(), values)
+        data.view(-1).scatter_(0, positions.long(), values)
     else:  # channels_last: flat positions count the shape's order, not the memory's
         data.index_put_(tuple(torch.unravel_index(positions.long(), data.shape)), values)
 

@@ -23,10 +23,11 @@ NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 class LayerShape:
     """All that a patch must know of its layer: kind and geometry, no values.
 
-    `kind` is "linear", "conv1d", "conv2d", "conv3d", "embedding", "norm" or "block". `weight` is the shape of the
-    layer's weight: (O, I) for a linear layer, (O, I / groups, k, ...) for a convolution, (N, D) for an embedding of N
-    entries, (C,) for a norm over C channels. A block is a module of several layers that takes and returns hidden states
-    of width C; it has no weight of its own, and `weight` is (C,). Families name their blocks.
+    `kind` is "linear", "conv1d", "conv2d", "conv3d", "embedding", "norm", "block" or "plane". `weight` is the shape of
+    the layer's weight: (O, I) for a linear layer, (O, I / groups, k, ...) for a convolution, (N, D) for an embedding of
+    N entries, (C,) for a norm over C channels. A block is a module of several layers that takes and returns hidden
+    states of width C; it has no weight of its own, and `weight` is (C,). Families name their blocks. A plane is a block
+    whose states lie on a grid, (B, C, height, width).
     """
 
     kind: str
@@ -104,6 +105,10 @@ class Patch(nn.Module):
 
     def output_term(self, x: Tensor, y: Tensor, call: LayerCall) -> Tensor | None:
         """v(x, y), of the shape of the layer's output y, or None where the patch has no such term."""
+        return None
+
+    def whole(self, x: Tensor, call: LayerCall) -> Tensor | None:
+        """y of a patch that is alone on its layer, at strength 1, by a faster way than its terms; None without one."""
         return None
 
 

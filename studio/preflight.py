@@ -31,6 +31,7 @@ def preflight(order: Order) -> dict[str, Any]:
         "base": preset.base,
         "method": preset.method.kind,
         "changed": training.changes,
+        "note": training.base.notes[:-1],
         "attention": training.base.notes[-1] if training.base.notes else "",
         pictures.noun: pictures.count,
         "held out": len(pictures.held_out),

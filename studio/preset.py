@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,9 +37,10 @@ class Prior(_Settings):
 class Data(_Settings):
     """What to train on."""
 
-    source: Literal["pictures", "stickers", "clips", "motions"] = Field(
+    source: Literal["pictures", "stickers", "clips", "motions", "melodies"] = Field(
         "pictures",
-        description="A folder of pictures or of clips, or drawn by the studio: the sticker world, or moving stickers.",
+        description="A folder of pictures or of clips, or made by the studio: the sticker world, moving stickers, or "
+        "melodies.",
     )
     path: str | None = Field(
         None, description="The folder of pictures or sounds, only read. {assets} is the studio's own data."
@@ -66,6 +68,13 @@ class Data(_Settings):
     refresh: int = Field(8, ge=0, description="Stickers: pictures of the pool that are drawn anew at each step.")
     frames: int = Field(8, ge=1, le=64, description="Clips: most frames of one; longer ones give their key frames.")
     stills: float = Field(0.2, ge=0, le=1, description="Moving stickers: share of clips with a single frame.")
+    traditions: tuple[Literal["western", "raga", "makam"], ...] = Field(
+        ("western", "raga", "makam"), min_length=1, description="Melodies: which music is played."
+    )
+    intonation: Literal["theory", "performed"] = Field(
+        "theory", description="Melodies: makams as the theory divides the octave, or nearer to how they are played."
+    )
+    stems: bool = Field(False, description="Melodies: the line alone, without drone and drum.")
     prior: Prior = Prior()
 
 
@@ -148,6 +157,12 @@ class Preset(Schedule):
     export: tuple[Literal["diffusers", "kohya", "peft", "diff", "checkpoint"], ...] = Field(
         (), description="Formats to export to at the end."
     )
+    learning_rates: dict[str, float] = Field(
+        {}, description="By kind, for this purpose on this base: what --method takes instead of the method's own."
+    )
+    other_bases: dict[str, Any] = Field(
+        {}, description="Fields that change, by dotted name, where --base names another base than the preset's."
+    )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -158,7 +173,10 @@ def preset_files() -> dict[str, Path]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The plain content of a preset, by name or file. Raises PresetError with the nearest name."""
+    """The plain content of a preset, by name or file. Raises PresetError with the nearest name.
+
+    `extends: NAME` starts from another preset; what stands beside it takes the place of that one's keys, whole.
+    """
     known = preset_files()
     path = known.get(name) or Path(name)
     if not path.is_file():
@@ -171,7 +189,12 @@ def read_preset(name: str) -> dict[str, Any]:
         raise PresetError(f"'{path}' is no YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise PresetError(f"'{path}' holds no preset", "a preset is a list of 'key: value' lines")
-    return content
+    start = content.pop("extends", None)
+    if start is None:
+        return content
+    if str(start) not in known or path == known[str(start)]:
+        raise PresetError(f"'{path}' extends '{start}', which is no other preset", nearest(str(start), known))
+    return {**read_preset(str(start)), **content}
 
 
 def make_preset(content: dict[str, Any]) -> Preset:
@@ -182,17 +205,21 @@ def make_preset(content: dict[str, Any]) -> Preset:
         raise PresetError(*describe(error, Preset)) from None
 
 
-def apply_settings(content: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """A copy of a preset's content with `--set a.b=value` applied; values are read as YAML."""
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`a.b=value` as key and value, the value read as YAML. Raises PresetError."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise PresetError(f"--set '{setting}' is not of the form key=value", "for example --set method.rank=16")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        return key, text
+
+
+def apply_settings(content: dict[str, Any], settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A copy of a preset's content with values set by dotted keys. Raises PresetError."""
     changed = json.loads(json.dumps(content))
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise PresetError(f"--set '{setting}' is not of the form key=value", "for example --set method.rank=16")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+    for key, value in settings:
         place = changed
         *parents, last = key.split(".")
         for parent in parents:

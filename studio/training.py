@@ -31,9 +31,10 @@ from studio.files import slug, slugify
 from studio.fit import Task, fit
 from studio.keyed import key_of
 from studio.method import Method, Origin, PatchMethod, methods
+from studio.music.denoising import DenoisingTask, scores_of
 from studio.music.task import SoundTask, refuse_picture_settings
 from studio.paths import assets_dir, studio_home
-from studio.preset import Preset, apply_settings, make_preset, read_preset
+from studio.preset import Preset, apply_settings, make_preset, parse_setting, read_preset
 from studio.report import write_report
 from studio.run import Event, Run
 from studio.samples import before_after
@@ -59,28 +60,32 @@ class Order:
 def resolve(order: Order) -> tuple[Preset, list[str]]:
     """The preset with the request's changes applied, and what was changed, as lines `key: old -> new`."""
     content = read_preset(order.preset)
-    original = make_preset(content)
-    settings = list(order.settings)
-    if order.method is not None:
-        content = _with_method(content, original, order.method)
+    original = start = make_preset(content)
     shortcuts = {"data.path": order.data, "base": order.base, "steps": order.steps, "seed": order.seed}
-    for key, value in shortcuts.items():
-        if value is not None:
-            parent, _, last = key.rpartition(".")
-            (content.setdefault(parent, {}) if parent else content)[last] = value
-    preset = make_preset(apply_settings(content, settings))
-    return preset, _differences(original.model_dump(mode="json"), preset.model_dump(mode="json"))
+    asked = [(key, value) for key, value in shortcuts.items() if value is not None]
+    asked += [parse_setting(setting) for setting in order.settings]
+    if dict(asked).get("base", original.base) != original.base:
+        content = apply_settings(content, original.other_bases.items()) | {"learning_rates": {}}
+        start = make_preset(content)
+    if order.method is not None:
+        content = _with_method(content, start, order.method)
+    preset = make_preset(apply_settings(content, asked) | FOR_REQUESTS)
+    old, new = (one.model_dump(mode="json", exclude=set(FOR_REQUESTS)) for one in (original, preset))
+    return preset, _differences(old, new)
+
+
+FOR_REQUESTS: dict[str, Any] = {"learning_rates": {}, "other_bases": {}}  # nothing of it is left in a training's preset
 
 
 def _with_method(content: dict[str, Any], original: Preset, kind: str) -> dict[str, Any]:
-    """The preset's method replaced by `kind` with its own defaults and learning rate, at the same layers."""
+    """The preset's method replaced by `kind` at the same layers, with the settings and rate that suit it."""
     replaced: dict[str, Any] = {"kind": kind}
     if _names_layers(type(original.method)) and _names_layers(methods().get(kind)):
         assert isinstance(original.method, PatchMethod)
         replaced["target_modules"] = list(original.method.target_modules)
     changed = {**content, "method": replaced}
     if kind != original.method.kind:
-        changed.pop("learning_rate", None)
+        changed["learning_rate"] = original.learning_rates.get(kind)  # None: the method's own
     return changed
 
 
@@ -219,7 +224,8 @@ def adapter_training(
 ) -> AdapterTraining:
     """The task for a base of this medium. Raises PresetError for settings that do not fit it."""
     if isinstance(examples, SoundSet):
-        return SoundTask(method, base, preset, run, examples, card, cache)
+        sound_task = DenoisingTask if hasattr(base, "objective") else SoundTask
+        return sound_task(method, base, preset, run, examples, card, cache)
     return AdapterTask(method, base, preset, run, examples, card, cache)
 
 
@@ -248,9 +254,11 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     preset = _exportable(preset, order.method is not None, changes)
     if base.medium == "audio":
         assert isinstance(preset.method, PatchMethod)
-        refuse_picture_settings(preset.method, preset)
+        refuse_picture_settings(preset.method, preset, base)
     preset = _with_possible_prior(preset, base, changes)
     pictures, trigger = _scan(preset, base, order.name, looking)
+    if isinstance(pictures, SoundSet) and hasattr(base, "objective"):
+        scores_of(base, preset, pictures)  # raises for beats and chords that make no sense
     preset = preset.model_copy(update={"data": preset.data.model_copy(update={"trigger": trigger})})
     name = order.name or library.free_name(slugify(Path(preset.data.path or "concept").resolve().name))
     preset = _with_rate(_settled(preset, base, pictures, trigger), changes)

@@ -158,7 +158,7 @@ class WordAttachment:
         if layers:
             tokens = sum(map(token_count, words))
             self._cover(network, _reading_per_layer(network.forward, embedding.weight.shape[0], tokens, len(layers)))
-            hooks = [layer.register_forward_pre_hook(_own_part(i), with_kwargs=True) for i, layer in enumerate(layers)]
+            hooks = [layer.register_forward_pre_hook(own_part(i), with_kwargs=True) for i, layer in enumerate(layers)]
             self.hooks += hooks
 
     def _cover(self, module: Any, forward: Any) -> None:
@@ -225,7 +225,7 @@ def _mapped(output: Any, change: Callable[[Tensor], Tensor], readings: int = 1) 
     return output
 
 
-def _own_part(index: int) -> Callable[..., Any]:
+def own_part(index: int) -> Callable[..., Any]:
     """A hook that gives an attention layer the part of the condition that is its own; (B, T, D) is everybody's."""
 
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,8 +31,43 @@ OUTER = {
 }
 
 
+MMDIT = {  # outside of the blocks
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+MMDIT_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_q": "x_block.attn.qkv",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.add_q_proj": "context_block.attn.qkv",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_q": "x_block.attn2.qkv",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
 def original_tensors(pipe) -> dict[str, Tensor]:
-    """All weights of a Stable Diffusion 1, 2 or XL pipeline."""
+    """All weights of a Stable Diffusion 1, 2, XL or 3 pipeline."""
+    if hasattr(pipe, "transformer"):
+        return sd3_tensors(pipe)
     found = {f"model.diffusion_model.{name}": value for name, value in unet_tensors(pipe.unet).items()}
     found |= {f"first_stage_model.{name}": value for name, value in vae_tensors(pipe.vae).items()}
     if hasattr(pipe, "text_encoder_2"):
@@ -57,6 +92,48 @@ def unet_tensors(unet) -> dict[str, Tensor]:
         renamed[f"{prefixes[old]}.{rest}"] = value
     assert len(renamed) == len(unet.state_dict())
     return renamed
+
+
+def sd3_tensors(pipe) -> dict[str, Tensor]:
+    """All weights of a Stable Diffusion 3 pipeline, T5's too if it has one."""
+    found = {f"model.diffusion_model.{name}": value for name, value in mmdit_tensors(pipe.transformer).items()}
+    found |= {f"first_stage_model.{name}": value for name, value in vae_tensors(pipe.vae).items()}
+    for encoder, name in ((pipe.text_encoder, "clip_l"), (pipe.text_encoder_2, "clip_g")):
+        found |= clip_tensors(encoder, f"text_encoders.{name}.transformer.")
+    # Its makers' program has no projection after the first CLIP, where diffusers has one that does nothing.
+    projection = found.pop("text_encoders.clip_l.transformer.text_projection.weight")
+    assert projection.is_meta or torch.equal(projection, torch.eye(len(projection)))
+    t5 = getattr(pipe, "text_encoder_3", None)
+    stored = {} if t5 is None else t5.state_dict()
+    return found | {f"text_encoders.t5xxl.transformer.{name}": value for name, value in stored.items()}
+
+
+def mmdit_tensors(transformer) -> dict[str, Tensor]:
+    """The transformer's: query, key and value in one, and shift before scale in the last modulations."""
+    state, renamed = transformer.state_dict(), {}
+    last = f"transformer_blocks.{transformer.config.num_layers - 1}."
+    for name, value in state.items():
+        if name.startswith(("norm_out.", f"{last}norm1_context.")):
+            scale, shift = value.chunk(2)
+            value = torch.cat([shift, scale])
+        if any(part in name for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj.")):
+            continue
+        for query, others in ((".to_q.", (".to_k.", ".to_v.")), (".add_q_proj.", (".add_k_proj.", ".add_v_proj."))):
+            if query in name:
+                value = torch.cat([value, *(state[name.replace(query, other)] for other in others)])
+        renamed[_mmdit_name(name)] = value
+    assert sum(value.numel() for value in renamed.values()) == sum(value.numel() for value in state.values())
+    return renamed
+
+
+def _mmdit_name(name: str) -> str:
+    if name in MMDIT:
+        return MMDIT[name]
+    module, _, kind = name.rpartition(".")
+    if module in MMDIT:
+        return f"{MMDIT[module]}.{kind}"
+    _, number, rest = module.split(".", 2)
+    return f"joint_blocks.{number}.{MMDIT_BLOCK[rest]}.{kind}"
 
 
 def _block_prefixes(config) -> dict[str, str]:
@@ -111,7 +188,9 @@ def vae_tensors(vae) -> dict[str, Tensor]:
 
 
 def clip_tensors(encoder, prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}text_model.{_plain(name)}": value for name, value in encoder.state_dict().items()}
+    state = encoder.state_dict()
+    names = {name: name if name.startswith("text_projection") else f"text_model.{_plain(name)}" for name in state}
+    return {f"{prefix}{names[name]}": value for name, value in state.items()}
 
 
 def open_clip_tensors(encoder, prefix: str) -> dict[str, Tensor]:

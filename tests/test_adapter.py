@@ -104,3 +104,14 @@ def test_an_attachment_that_fails_leaves_nothing_behind():
     with pytest.raises(AdapterError, match="shape"):
         attach(sites, {**patches, next(iter(sites)): [tiny_adapter("lora", ("conv",))[2].by_site()["unet.conv_in"][0]]})
     assert not [name for name, site in sites.items() if "forward" in vars(site.module)]
+
+
+def test_a_worn_adapter_drops_nothing_out(tmp_path):
+    base, _, adapter = tiny_adapter("lora", dropout=0.5)
+    for terms in adapter.patches.values():
+        torch.nn.init.ones_(terms["main"].up)
+    adapter.save(tmp_path / "a.safetensors")
+    request = Request(["a cat"], [0], steps=2)
+    with wearing(base, [Use("a", load_adapter(tmp_path / "a.safetensors"))]):
+        one, other = (base.generate(request)[0] for _ in range(2))
+    assert one.tobytes() == other.tobytes()

@@ -304,7 +304,9 @@ def test_a_study_is_trained_measured_and_published_and_a_lost_result_costs_no_tr
     assert "| lora r2 |" in page
     assert "*base alone*" in page
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"results.json", "quality-drift-subjects.png"}
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    written = (tmp_path / "out" / "results.json").read_text()
+    assert str(tmp_path / "work") not in written  # no folders of this machine in what is published
+    results = json.loads(written)
     assert results["complete"]
     assert not (home / "library").exists()  # the user's own library and ledger stay as they are
     _, study = read_study(str(pico_study))

@@ -10,18 +10,25 @@ import types
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
-from original_layout import original_tensors
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from original_layout import mmdit_tensors, original_tensors
 from safetensors.torch import load_file, save_file
 
+from studio.adapter import load_adapter
+from studio.attachment import attach
 from studio.base import Request
-from studio.bases import checkpoint, folder, hub, registry
+from studio.bases import checkpoint, folder, hub, published, registry
 from studio.bases.registry import ALIASES, bases, bundled, families, load_base
+from studio.bases.sd3 import StableDiffusion3
 from studio.bases.sdxl import StableDiffusionXL
 from studio.bases.stable_diffusion import StableDiffusion
 from studio.errors import BaseError, DiskError
+from studio.exporting import export_adapter
+from studio.training import Order, plan
 
 ROOT = Path(registry.__file__).resolve().parents[2]
 CARD = "---\nlicense: apache-2.0\ntags: [x]\n---\n# A base\n"
@@ -211,7 +218,7 @@ def test_folder_without_index_is_refused_and_the_right_one_named(copied):
         ("[]", "no pipeline class"),
         ("{}", "no pipeline class"),
         ('{"_class_name": "FluxPipeline"}', "a family that the studio does not know"),
-        ('{"_class_name": ["my_pipeline", "Mine"]}', "no pipeline class"),
+        ('{"_class_name": ["my_pipeline", "Mine"]}', "wants code of its own"),
         ('{"_class_name": "StableDiffusionPipeline", "unet": ["my_code", "MyUNet"]}', "wants code of its own"),
         ('{"_class_name": "StableDiffusionPipeline", "nothing": ["diffusers", "X"]}', "'nothing' is missing"),
         ('{"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "NoSuchClass"]}', "cannot be loaded"),
@@ -337,23 +344,43 @@ PUBLISHED = {  # parameters
         "text_encoder": 123_060_480,
         "text_encoder_2": 694_659_840,
     },
+    "sd3-medium": {"transformer": 2_028_328_000},
+    "sd35-medium": {"transformer": 2_243_171_520},
+    "sd35-large": {"transformer": 8_056_627_520},
 }
+SD3 = [layout for layout in checkpoint.LAYOUTS if layout.family == "sd3"]
+for one in SD3:
+    PUBLISHED[one.name] |= {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840}
+PUBLISHED_FILES = [  # what Stability AI's files of SD3 and 3.5 hold beside T5: layout, CLIPs or not, bytes in all
+    ("sd3-medium", False, 4_337_667_306),
+    ("sd3-medium", True, 5_973_224_240),
+    ("sd35-medium", False, 5_107_104_286),
+    ("sd35-large", False, 16_460_379_262),
+]
 SITES = {
     "sd15": {"attention": 128, "cross-attention": 64, "linear": 184, "conv": 98, "text-encoder": 48, "all": 282},
     "sd21": {"attention": 128, "cross-attention": 64, "linear": 216, "conv": 66, "text-encoder": 92, "all": 282},
     "sdxl": {"attention": 560, "cross-attention": 280, "linear": 743, "conv": 51, "text-encoder": 176, "all": 794},
+    "sd3-medium": {"attention": 191, "linear": 340, "conv": 1, "text-encoder": 176, "all": 341},
+    "sd35-medium": {"attention": 243, "linear": 392, "conv": 1, "text-encoder": 176, "all": 393},
+    "sd35-large": {"attention": 303, "linear": 536, "conv": 1, "text-encoder": 176, "all": 537},
 }
 
 
-@pytest.fixture(params=checkpoint.LAYOUTS, ids=lambda layout: layout.name)
+@pytest.fixture(scope="module", params=checkpoint.LAYOUTS, ids=lambda layout: layout.name)
 def layout(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def networks(layout, tmp_path_factory):
+    return networks_without_values(layout, tmp_path_factory.mktemp("real") / "configs")
+
+
 def networks_without_values(layout, configs):
     """The real networks of a layout on the meta device, from the configurations that we build."""
-    parts = checkpoint.configurations(layout)
-    checkpoint.write_configurations(parts, families()[layout.family].pipeline_class, configs)
+    parts = published.configurations(layout.name)
+    published.write_configurations(parts, families()[layout.family].pipeline_class, configs)
     networks = {}
     for name, (library, class_name, _) in parts.items():
         cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
@@ -367,27 +394,42 @@ def networks_without_values(layout, configs):
     return types.SimpleNamespace(**networks)
 
 
-def test_built_configurations_are_the_published_models(layout, tmp_path):
-    networks = vars(networks_without_values(layout, tmp_path))
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+def test_built_configurations_are_the_published_models(layout, networks):
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in vars(networks).items()}
     assert counts == PUBLISHED[layout.name]
 
 
-def test_sites_of_the_published_models(layout, tmp_path):
+def test_sites_of_the_published_models(layout, networks):
     family = families()[layout.family]
-    base = family(layout.name, types.SimpleNamespace(components=vars(networks_without_values(layout, tmp_path))))
+    base = family(layout.name, types.SimpleNamespace(components=vars(networks)))
     assert {group: len(base.select([group])) for group in family.groups} == SITES[layout.name]
 
 
-def test_published_layout_is_recognised_and_incomplete_ones_refused(layout, tmp_path):
-    tensors = original_tensors(networks_without_values(layout, tmp_path))
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+@pytest.mark.parametrize("layout", SD3, indirect=True)
+def test_sd3_transformers_come_from_the_names_that_diffusers_converts(networks):
+    tensors = {f"model.diffusion_model.{name}": value for name, value in mmdit_tensors(networks.transformer).items()}
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+    expected = networks.transformer.state_dict()
+    assert {name: value.shape for name, value in converted.items()} == {k: v.shape for k, v in expected.items()}
+
+
+@pytest.mark.parametrize("layout", SD3, indirect=True)
+def test_sd3_files_have_the_published_sizes(layout, networks):
+    tensors = original_tensors(networks)
+    for clips, published_bytes in ((clips, size) for name, clips, size in PUBLISHED_FILES if name == layout.name):
+        held = [value for name, value in tensors.items() if clips or not name.startswith("text_encoders.")]
+        header = published_bytes - sum(2 * value.numel() for value in held)  # all in 16 bits
+        assert 100 * len(held) < header < 200 * len(held)  # a name, a shape, two offsets
+
+
+def test_published_layout_is_recognised_and_incomplete_ones_refused(layout, networks):
+    shapes = {name: tuple(value.shape) for name, value in original_tensors(networks).items()}
     assert checkpoint.recognise(shapes, {}, "file") is layout
 
     def faults(changed, header=()):
         with pytest.raises(BaseError) as refusal:
             checkpoint.recognise(changed, dict(header), "some.safetensors")
-        return refusal.value.message
+        return f"{refusal.value.message} | {refusal.value.hint}"
 
     def without(prefix):
         return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
@@ -395,9 +437,14 @@ def test_published_layout_is_recognised_and_incomplete_ones_refused(layout, tmp_
     assert "no autoencoder" in faults(without("first_stage_model."))
     for prefix in layout.text_prefixes:
         assert "no text encoder" in faults(without(prefix))
-    assert "another build" in faults(without("model.diffusion_model.middle_block.1."))
-    entry = "model.diffusion_model.input_blocks.0.0.weight"
-    assert "inpainting" in faults(shapes | {entry: (320, 9, 3, 3)})
+        assert layout.whole in faults(without(prefix))
+    is_sd3 = layout.family == "sd3"
+    block = "joint_blocks.7." if is_sd3 else "middle_block.1."
+    assert "another build" in faults(without(f"model.diffusion_model.{block}"))
+    entry = "model.diffusion_model." + ("x_embedder.proj.weight" if is_sd3 else "input_blocks.0.0.weight")
+    wide = (shapes[entry][0], 2 * layout.channels + 1, *shapes[entry][2:])
+    assert "inpainting" in faults(shapes | {entry: wide})
+    assert "8-bit" in faults(shapes | {entry.replace(".weight", ".scale_weight"): ()})
 
 
 @pytest.mark.parametrize(
@@ -406,7 +453,7 @@ def test_published_layout_is_recognised_and_incomplete_ones_refused(layout, tmp_
         ("lora_unet_down_blocks_0.lora_down.weight", "an adapter"),
         ("unet.mid_block.attentions.0.to_q.lora_A.weight", "an adapter"),
         ("down_blocks.0.resnets.0.conv1.weight", "one network of a diffusers folder"),
-        ("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight", "of Stable Diffusion 3"),
+        ("joint_blocks.0.x_block.mlp.fc1.weight", "the transformer of Stable Diffusion 3 alone"),
         ("something", "other names"),
     ],
 )
@@ -423,18 +470,57 @@ def test_truncated_checkpoint_is_refused(tmp_path):
     refused(tmp_path / "notes.txt", "no base")
 
 
-@pytest.mark.parametrize("family", [StableDiffusion, StableDiffusionXL])
-def test_checkpoint_of_one_file_is_the_same_base_as_its_folder(family, tmp_path):
-    base = family.tiny()
-    base.pipe.save_pretrained(tmp_path / "configs")
-    for weights in (tmp_path / "configs").rglob("*.safetensors"):
+def as_one_file(base, folder):
+    """The base again, opened from a file under the original names; Stable Diffusion 3's T5 is left unread in it."""
+    tensors = {name: value.contiguous() for name, value in original_tensors(base.pipe).items()}
+    if base.family == "sd3":
+        base.pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    base.pipe.save_pretrained(folder / "configs")
+    for weights in (folder / "configs").rglob("*.safetensors"):
         weights.unlink()
-    save_file({k: v.contiguous() for k, v in original_tensors(base.pipe).items()}, tmp_path / "one.safetensors")
-    loaded = family.from_checkpoint(tmp_path / "one.safetensors", tmp_path / "configs", "one", torch.float32)
+    save_file({name: value.clone() for name, value in tensors.items()}, folder / "one.safetensors")
+    return type(base).from_checkpoint(folder / "one.safetensors", folder / "configs", "one", torch.float32)
+
+
+def tiny_as_published(family):
+    base = family.tiny()
+    if base.family == "sd3":
+        projection = base.pipe.text_encoder.text_projection.weight
+        projection.data = torch.eye(len(projection))
+    return base
+
+
+@pytest.mark.parametrize("family", [StableDiffusion, StableDiffusionXL, StableDiffusion3])
+def test_checkpoint_of_one_file_is_the_same_base_as_its_folder(family, tmp_path):
+    base = tiny_as_published(family)
+    loaded = as_one_file(base, tmp_path)
     assert loaded.identity().architecture == base.identity().architecture
     assert loaded.identity().values == base.identity().values
     request = Request(["a photo of a cat"], [1], steps=2)
     assert loaded.generate(request)[0].tobytes() == base.generate(request)[0].tobytes()
+
+
+def test_sd3_without_t5_trains_draws_and_is_exported(tmp_path, pictures):
+    loaded = as_one_file(tiny_as_published(StableDiffusion3), tmp_path)
+    loaded.pipe.save_pretrained(tmp_path / "base")
+    (tmp_path / "recipe.yaml").write_text(
+        f"description: test\nbase: {tmp_path / 'base'}\nmethod: {{kind: lora, rank: 2}}\ndata: {{path: {pictures}}}\n"
+        "steps: 2\nlearning_rate: 0.1\nsample_every: 0\n"
+    )
+    assert [*plan(Order(str(tmp_path / "recipe.yaml"), run=tmp_path / "run")).events()][-1].kind == "finished"
+    adapter = load_adapter(tmp_path / "run" / "adapter.safetensors")
+    request = Request(["a photo of a cat"], [1], steps=2)
+    before = loaded.generate(request)[0].tobytes()
+    with attach({name: loaded.sites()[name] for name in adapter.by_site()}, adapter.by_site()):
+        adapted = loaded.generate(request)[0]
+    assert adapted.tobytes() != before
+    report = export_adapter(adapter, loaded, "checkpoint", tmp_path / "exported")
+    assert report.status == "exact"
+    assert "text_encoder_3=None, tokenizer_3=None" in report.warnings[0]
+    exported = load_base(report.path)
+    assert exported.pipe.text_encoder_3 is None
+    merged = exported.generate(request)[0]
+    assert abs(np.asarray(merged, float) - np.asarray(adapted, float)).max() <= 1
 
 
 def test_metadata_of_a_checkpoint_says_what_it_predicts(monkeypatch, tmp_path):
@@ -444,24 +530,24 @@ def test_metadata_of_a_checkpoint_says_what_it_predicts(monkeypatch, tmp_path):
     save_file({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, file, {"modelspec.license": "mine"})
     found = checkpoint.read_checkpoint(file)
     assert (found.prediction_type, found.zero_snr, found.licence) == ("v_prediction", True, "mine")
-    scheduler = checkpoint.configurations(layout, found.prediction_type, found.zero_snr)["scheduler"][2]
+    scheduler = published.configurations(layout.name, found.prediction_type, found.zero_snr)["scheduler"][2]
     assert scheduler["prediction_type"] == "v_prediction"
     assert scheduler["rescale_betas_zero_snr"]
     save_file({"x": torch.zeros(1)}, file, {"modelspec.prediction_type": "epsilon"})
     assert checkpoint.read_checkpoint(file).prediction_type == "epsilon"
-    second = checkpoint.configurations(checkpoint.LAYOUTS[1], "epsilon")
+    second = published.configurations("sd21", "epsilon")
     assert (second["unet"][2]["sample_size"], second["scheduler"][2]["prediction_type"]) == (64, "epsilon")
-    second = checkpoint.configurations(checkpoint.LAYOUTS[1])
+    second = published.configurations("sd21")
     assert (second["unet"][2]["sample_size"], second["scheduler"][2]["prediction_type"]) == (96, "v_prediction")
 
 
 def test_clip_tokenizer_gives_clips_own_tokens(tmp_path):
-    tokenizer = checkpoint.clip_tokenizer()
+    tokenizer = published.clip_tokenizer()
     assert len(tokenizer) == 49_408
     # The ids that CLIP's authors and every Stable Diffusion tutorial print for this sentence.
     assert tokenizer("A photo  of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("").input_ids == [49406, 49407]
-    checkpoint.clip_tokenizer("!").save_pretrained(tmp_path)
+    published.clip_tokenizer("!").save_pretrained(tmp_path)
     again = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     assert (again.model_max_length, again.pad_token_id) == (77, 0)
     padded = again("cat", padding="max_length").input_ids
@@ -482,17 +568,29 @@ def write_zeros(shapes, file):
 
 
 @pytest.mark.slow
-def test_checkpoint_of_real_size_opens_offline(layout, tmp_path):
-    """Zeros in the real shapes: 2 to 7 GiB of memory, no disk."""
-    tensors = original_tensors(networks_without_values(layout, tmp_path / "configs"))
-    write_zeros({name: value.shape for name, value in tensors.items()}, tmp_path / "real.safetensors")
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS[:-1], ids=lambda layout: layout.name, indirect=True)
+def test_checkpoint_of_real_size_opens_offline(layout, networks, tmp_path):
+    """Zeros in the real shapes: 2 to 8 GiB of memory, no disk."""
+    shapes = {name: value.shape for name, value in original_tensors(networks).items()}
+    if layout.family == "sd3":
+        shapes["text_encoders.t5xxl.transformer.shared.weight"] = (32128, 4096)
+    write_zeros(shapes, tmp_path / "real.safetensors")
     base = load_base(tmp_path / "real.safetensors", dtype="bf16")
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in base.modules.items()}
     assert counts == PUBLISHED[layout.name]
-    assert not any(p.is_meta or p.any() for module in base.modules.values() for p in module.parameters())
-    assert base.resolution == {"sd15": 512, "sd21": 768, "sdxl": 1024}[layout.name]
-    assert base.encode_prompts(["a cat"], (512, 512))["text"].shape == (1, 77, layout.text_width)
-    assert bool(base.notes) == (layout.name == "sd21")
+    assert not any(p.is_meta for module in base.modules.values() for p in module.parameters())
+    assert base.resolution == {"sd15": 512, "sd21": 768}.get(layout.name, 1024)
+    length = 77 + 256 if layout.family == "sd3" else 77
+    assert base.encode_prompts(["a cat"], (512, 512))["text"].shape == (1, length, layout.text_width)
+    assert [note for note in base.notes if "real.safetensors" in note] == base.notes
+    assert len(base.notes) == (layout.name not in ("sd15", "sdxl"))
+
+
+def test_sd3_file_says_that_t5_is_left_out():
+    medium = SD3[0]
+    without, with_t5 = (checkpoint.Checkpoint(medium, None, False, "", has_t5).notes("x") for has_t5 in (False, True))
+    assert "it has no T5" in without[0]
+    assert "left unread" in with_t5[0]
 
 
 # -- manners ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CONVERTER = ROOT / "studio/bases/mustango/convert.py"  # of weights that are published as pickles alone
 LEAVES = {"errors.py": set(), "patch.py": {"torch"}, "objective.py": {"torch"}}
 
 
@@ -21,6 +22,16 @@ def imported(path):
             assert not node.level, f"{path}: relative import"
             found.add(node.module)
     return found
+
+
+class WithoutTexts(ast.NodeTransformer):
+    def visit_Constant(self, node):
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+
+def code_of(path):
+    """A file without what stands in its texts: instructions to others may name what we never do."""
+    return ast.unparse(WithoutTexts().visit(ast.parse(path.read_text())))
 
 
 def files(package):
@@ -61,7 +72,10 @@ def test_leaves_import_torch_and_the_standard_library_alone(name):
 def test_nothing_is_ever_unpickled_and_no_shell_or_remote_code_is_run(package):
     banned = ("torch.load(", "pickle.", "import pickle", "trust_remote_code=True", "shell=True", "os.system")
     for path in files(package):
-        text = path.read_text()
+        text = code_of(path)
+        if path == CONVERTER:
+            assert text.count("torch.load(") == text.count("weights_only=True)") == 1
+            text = text.replace("torch.load(", "")
         assert not [word for word in banned if word in text], path
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from studio.errors import PresetError
-from studio.preset import Preset, apply_settings, make_preset, preset_files, read_preset
+from studio.preset import Preset, apply_settings, make_preset, parse_setting, preset_files, read_preset
 from studio.training import Order, resolve
 
 MINIMAL = {"method": {"kind": "lora"}}
@@ -52,7 +52,7 @@ def test_set_reaches_every_depth_and_reads_yaml():
         "learning_rate=1e-3",
         "data.path=x=y",
     ]
-    preset = make_preset(apply_settings(MINIMAL, settings))
+    preset = make_preset(apply_settings(MINIMAL, map(parse_setting, settings)))
     assert preset.method.rank == 4
     assert preset.data.prior.pictures == 2
     assert preset.sample_prompts == ("a", "b")
@@ -63,7 +63,7 @@ def test_set_reaches_every_depth_and_reads_yaml():
 @pytest.mark.parametrize("setting", ["steps", "=3", "steps.sub=1", "method.rank=big", "data.resolution=[1]"])
 def test_a_wrong_setting_is_refused(setting):
     with pytest.raises(PresetError):
-        make_preset(apply_settings({"steps": 5, **MINIMAL}, [setting]))
+        make_preset(apply_settings({"steps": 5, **MINIMAL}, [parse_setting(setting)]))
 
 
 def test_an_unknown_preset_names_the_nearest():
@@ -85,6 +85,39 @@ def test_method_replaces_kind_and_learning_rate_and_keeps_the_layers():
     assert preset.method.kind == "lora"
     assert preset.method.target_modules == make_preset(read_preset("subject")).method.target_modules
     assert any(line.startswith("method: orthogonal -> lora") for line in changes)
+
+
+@pytest.mark.parametrize("name", [name for name in preset_files() if make_preset(read_preset(name)).other_bases])
+def test_what_a_preset_changes_for_other_bases_is_taken_with_another_base_and_only_then(name):
+    original = make_preset(read_preset(name))
+    own, _ = resolve(Order(name))
+    other, changes = resolve(Order(name, base="sdxl", settings=["steps=7"]))
+    assert own.batch_size == original.batch_size
+    assert other.batch_size == original.other_bases["batch_size"]
+    assert any(line.startswith("batch_size: ") for line in changes)
+    assert other.steps == 7  # what was asked for counts more
+    assert own.other_bases == other.other_bases == own.learning_rates == other.learning_rates == {}
+
+
+def test_a_preset_may_start_from_another(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("{extends: subject, steps: 7, method: {kind: dora}}")
+    mine, subject = make_preset(read_preset(str(file))), make_preset(read_preset("subject"))
+    assert (mine.steps, mine.method.kind) == (7, "dora")
+    assert mine.data == subject.data
+    file.write_text("{extends: subjct, steps: 7}")
+    with pytest.raises(PresetError) as caught:
+        read_preset(str(file))
+    assert "subject" in caught.value.hint
+
+
+def test_another_method_takes_the_rate_that_the_preset_has_for_it_on_its_own_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("{method: {kind: lora}, learning_rate: 1.0, learning_rates: {dora: 0.5}, other_bases: {steps: 3}}")
+    assert resolve(Order(str(file), method="dora"))[0].learning_rate == 0.5
+    assert resolve(Order(str(file), method="dora", base="sdxl"))[0].learning_rate is None
+    assert resolve(Order(str(file), method="flora"))[0].learning_rate is None
+    assert resolve(Order(str(file)))[0].learning_rate == 1.0
 
 
 def test_learning_rate_warms_up_and_falls():

@@ -9,10 +9,11 @@ from studio.adapter import Card, new_adapter
 from studio.attachment import attach
 from studio.bases.stable_diffusion import StableDiffusion
 from studio.bases.sticker_video.building import paper_unet, video_around, with_words
-from studio.bases.sticker_video.conditioning import ClipCondition, blended, network_input, predicted
+from studio.bases.sticker_video.conditioning import Anchor, ClipCondition, blended, network_input, predicted
 from studio.bases.sticker_video.family import StickerVideo
-from studio.bases.sticker_video.layers import Frames, with_neighbours
+from studio.bases.sticker_video.layers import Frames, attend_plainly, with_neighbours
 from studio.method import method_from
+from studio.objective import Diffusion
 
 
 def awake(base, seed=0):
@@ -193,6 +194,81 @@ def test_network_is_told_given_frames_and_not_their_noise():
     assert torch.equal(x[:, 8:16, 2], condition.given[:, :, 2])
     assert x[:, 16].unique().tolist() == [0, 1]
     assert x[:, 8:16, [0, 1, 3]].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_an_anchored_prediction_of_nothing_is_the_best_linear_guess_from_the_blend(kind):
+    """Least squares over many draws of x_0 = g + d n and x_t = a x_0 + s e finds the anchor's own coefficients."""
+    generator = torch.Generator().manual_seed(0)
+    d, squared = 0.7, torch.tensor([0.95, 0.6, 0.05])
+    anchor, objective = Anchor(squared, kind, d), Diffusion(squared, kind)
+    shape = (1, 1, 1, 400, 500)
+    for time in (torch.tensor([0]), torch.tensor([1]), torch.tensor([2])):
+        blend, rest, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+        clean = blend + d * rest
+        noisy, target = objective.noised(clean, noise, time), objective.target(clean, noise, time)
+        zero, told = torch.zeros_like(noisy), torch.tensor([True])
+        guess = anchor.joined(zero, noisy, time, blend, told)
+        known = torch.stack([noisy.flatten(), blend.flatten()], 1)
+        best = known @ torch.linalg.lstsq(known, target.flatten()[:, None]).solution
+        assert torch.allclose(guess.flatten(), best[:, 0], atol=0.03)
+        scale = anchor.joined(torch.ones_like(noisy), noisy, time, blend, told) - guess
+        assert (target - guess).std() == pytest.approx(float(scale[0, 0, 0, 0, 0]), rel=0.02)
+        assert torch.equal(anchor.joined(noise, noisy, time, blend, torch.tensor([False])), noise)
+
+
+def test_changes_of_low_rank_are_nothing_at_first_and_leave_the_image_network_alone():
+    plain = video_around(StableDiffusion.tiny(), "v", interaction_head_dim=4)
+    changed = video_around(StableDiffusion.tiny(), "v", interaction_head_dim=4, spatial_rank=2)
+    noisy, time, text = (value.float() if value.is_floating_point() else value for value in inputs(1, 3))
+    x = torch.cat([noisy, torch.zeros(1, 9, 3, 8, 8)], 1)
+    with torch.no_grad():
+        before = plain.pipe.unet(x, time, text).sample
+        assert torch.equal(before, changed.pipe.unet(x, time, text).sample)
+        for name, parameter in changed.pipe.unet.named_parameters():
+            if name.endswith(".up"):
+                parameter.fill_(0.1)
+        assert not torch.allclose(before, changed.pipe.unet(x, time, text).sample)
+    new = changed.pipe.unet.temporal_names() - plain.pipe.unet.temporal_names()
+    assert new
+    assert all(name.startswith("spatial_change.") for name in new)
+
+
+def test_layers_over_time_are_told_of_rate_loop_and_text_and_padding_still_changes_nothing():
+    told = video_around(StableDiffusion.tiny(), "v", interaction_head_dim=4, temporal_told=True)
+    noisy, time, text = inputs(2, 4)
+    condition = condition_for((4, 2), 4)
+    unet = told.pipe.unet.double()
+    with torch.no_grad():
+        start = predicted(unet, noisy, time, text, condition, "zero")
+        plain = video_around(StableDiffusion.tiny(), "v", interaction_head_dim=4).pipe.unet.double()
+        assert torch.equal(start, predicted(plain, noisy, time, text, condition, "zero"))
+        awake(told)
+        whole = predicted(unet, noisy, time, text, condition, "zero")
+        garbage = noisy.clone()
+        garbage[1, :, 2:] = torch.nan
+        assert torch.equal(predicted(unet, garbage, time, text, condition, "zero")[1, :, :2], whole[1, :, :2])
+        unet.text_summary.look.weight.zero_()
+        unet.text_summary.proj.weight.zero_()
+        unmoved = predicted(unet, noisy, time, text, condition, "zero")
+        assert not torch.allclose(unmoved[:, :, :2], whole[:, :, :2])
+        still = condition_for((1, 1), 1)
+        one = predicted(unet, noisy[:, :, :1], time, text, still, "zero")
+        unet.text_summary.proj.bias.add_(1)
+        assert torch.equal(one, predicted(unet, noisy[:, :, :1], time, text, still, "zero"))
+
+
+def test_plain_attention_gives_the_same_with_and_without_padding(moving):
+    other = StickerVideo.tiny()
+    awake(other)
+    attend_plainly(other.pipe.unet)
+    noisy, time, text = inputs(2, 4)
+    for lengths in ((4, 4), (4, 2)):
+        condition = condition_for(lengths, 4)
+        with torch.no_grad():
+            one, two = (predicted(b.pipe.unet, noisy, time, text, condition, "zero") for b in (moving, other))
+        assert torch.allclose(one[0], two[0], atol=1e-10)
+        assert torch.allclose(one[1, :, : lengths[1]], two[1, :, : lengths[1]], atol=1e-10)
 
 
 def test_the_papers_network_has_the_papers_size():

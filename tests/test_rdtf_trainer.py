@@ -303,7 +303,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_ba
     [
         {"backbone": "stock_unet3d", "curriculum": "none"},
         {"batches": "padded", "curriculum": "paper", "train": "temporal"},
-        {"alpha": False, "dual_mask": False, "condition_fill": "zero", "interaction": "conv", "train_text": False},
+        {"alpha": False, "dual_mask": False, "condition_fill": "zero", "interaction": "conv", "text": "frozen"},
     ],
 )
 def test_every_variant_trains_and_the_saved_base_loads(method, tmp_path, tiny_base_folder):
@@ -322,7 +322,7 @@ def test_every_variant_trains_and_the_saved_base_loads(method, tmp_path, tiny_ba
 @needs_font
 def test_temporal_training_leaves_the_image_network_as_it_was(tmp_path, tiny_base_folder):
     training = plan(
-        Order(small_preset(tmp_path, tiny_base_folder, train="temporal", train_text=False), run=tmp_path / "r")
+        Order(small_preset(tmp_path, tiny_base_folder, train="temporal", text="frozen"), run=tmp_path / "r")
     )
     unet = training.base.pipe.unet
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_methods import ORIGIN, site, tiny_adapter, train_a_little
 from test_plain_diffusers import PROGRAM
 
+from studio import kronecker
 from studio.attachment import attach, find_sites
 from studio.base import Request
 from studio.bases.stable_diffusion import StableDiffusion
@@ -191,6 +192,53 @@ def test_gradients_are_those_of_finite_differences(settings, layer):
         return tuple(term for term in (u, v) if term is not None)
 
     assert torch.autograd.gradcheck(run, (x, *(p.detach().clone().requires_grad_() for p in patch.parameters())))
+
+
+@pytest.mark.parametrize("residual", ["lora", "ring", "none"])
+@pytest.mark.parametrize("tokens", [3, 40])  # the transform goes to these, or to the 20 rows of the weight
+@pytest.mark.parametrize("largest", [1, 12])  # three factors, or the last two multiplied out
+def test_a_lone_patch_at_full_strength_equals_the_sum_of_its_terms_gradients_too(
+    residual, tokens, largest, monkeypatch
+):
+    monkeypatch.setattr(kronecker, "BLOCK", 60)  # several blocks, the last not full
+    monkeypatch.setattr(kronecker, "LARGEST", largest)
+    module, _, patch = made({"residual": residual, "rank": 3})
+    x, flow = (torch.randn(2, tokens, width, dtype=torch.float64) for width in (24, 20))
+
+    def outcome(strength):
+        mine = x.clone().requires_grad_()
+        with attach(site(module), {"unet.layer": [patch]}, strength):
+            y = module(mine)
+        return [y, *torch.autograd.grad(y, [mine, *patch.parameters()], flow)]
+
+    assert patch.whole(x, LayerCall(module)) is not None
+    for one, other in zip(outcome(1.0), outcome(torch.tensor(1.0, dtype=torch.float64)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_lone_patch_starts_as_the_layer_to_the_last_bit(tokens):
+    module, _, patch = made({"transform_rank": 1, "rank": 3}, dtype=torch.float32, trained=False)
+    x = 1e3 * torch.randn(tokens, 24)
+    assert torch.equal(patch.whole(x, LayerCall(module)), module(x))
+
+
+def test_where_a_factor_has_no_inverse_the_terms_are_summed():
+    module, x, patch = made({"transform_rank": 1, "rank": 3})
+    with torch.no_grad():
+        patch.E2[0, 0], patch.E2[0, 1:] = -1, 0  # the first row of A_2 is zero
+    assert patch.whole(x, LayerCall(module)) is None
+    dense = module.weight + patch.delta(module.weight)
+    with attach(site(module), {"unet.layer": [patch]}):
+        torch.testing.assert_close(module(x), F.linear(x, dense, module.bias), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_is_itself_trained_is_not_gone_past():
+    module, x, patch = made({"transform_rank": 1, "rank": 3})
+    module.requires_grad_(True)
+    with attach(site(module), {"unet.layer": [patch]}):
+        module(x).sum().backward()
+    assert module.weight.grad.abs().sum() > 0
 
 
 class _Term(torch.nn.Module):

@@ -93,6 +93,17 @@ def test_every_setting_of_every_preset_survives_the_way_through_the_widgets(gath
         assert settings.content_of(name, settings.values_of(content)) == content, name
 
 
+def test_another_base_changes_what_the_preset_says_and_nothing_else():
+    at = settings.keys().index
+    content = settings.presets()["subject"]
+    other = settings.values_for_base("subject", "sdxl")
+    assert other[at("batch_size")] == "1"
+    assert other[at("orthogonal:target_modules")] == "attention"
+    assert other[at("seed")] == {"__type__": "update"}  # left as it is
+    own = settings.values_for_base("subject", content["base"])
+    assert own[at("batch_size")] == str(content["batch_size"])
+
+
 def test_yaml_goes_both_ways():
     content = settings.presets()["subject"]
     changed = settings.content_of("subject", settings.values_of(settings.from_yaml(settings.to_yaml(content))))

@@ -116,5 +116,5 @@ class DoraPatch(Delta):
     @torch.no_grad()
     def delta(self, weight: Tensor) -> Tensor:
         gain, own = self.gain(weight)[:, None], weight.flatten(1).to(self.up.dtype)
-        update = (self.up.flatten(1) * self.scale) @ self.down.flatten(1)
-        return ((gain - 1) * own + gain * update).reshape(self.shape.weight)
+        total = (gain * self.scale * self.up.flatten(1)) @ self.down.flatten(1)
+        return total.addcmul_(gain - 1, own).reshape(self.shape.weight)

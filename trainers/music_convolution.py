@@ -6,8 +6,9 @@
 Music is written from left to right, so both are causal: convolutions look back only, and the mean runs over the steps
 so far instead of over the whole clip, which would tell the past of the future. While tokens are written one by one the
 last (k - 1) 2^(i-1) inputs of each convolution and the sum behind the mean are kept with the generation's cache.
-On a text's states, which are there as a whole, convolutions look both ways and the mean is over all words.
-B batch, T steps, R width of the bottleneck.
+On a text's states, which are there as a whole, convolutions look both ways and the mean is over all words. In a base
+that draws spectrograms they look both ways in time and in pitch, and the mean is over the whole plane.
+B batch, T steps, F bands of a plane, R width of the bottleneck.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ConvolutionBottleneck(Inserted):
 
     def build(self, bottleneck: int) -> None:
         for i in range(self.blocks):
-            self.register_parameter(f"conv_{i}", linear_weight(bottleneck, bottleneck, self.kernel))
+            kernel = (self.kernel,) * (1 + self.planar)
+            self.register_parameter(f"conv_{i}", linear_weight(bottleneck, bottleneck, *kernel))
             self.register_parameter(f"conv_{i}_bias", nn.Parameter(torch.zeros(bottleneck)))
         self.squeeze = linear_weight(self.squeezed, bottleneck)
         self.squeeze_bias = nn.Parameter(torch.zeros(self.squeezed))
@@ -43,10 +45,14 @@ class ConvolutionBottleneck(Inserted):
 
     def inner(self, hidden: Tensor, call: LayerCall) -> Tensor:
         state = self.memory.of(call) if self.causal else {}
-        mask = None if self.causal else text_mask(call, hidden.shape[1])
+        mask = None if self.causal or self.planar else text_mask(call, hidden.shape[1])
         for i in range(self.blocks):
-            hidden = hidden + F.gelu(self._convolve(i, hidden, state, mask))
-        mean = self._running_mean(hidden, state) if self.causal else _mean(hidden, mask)
+            looked = self._look_around(i, hidden) if self.planar else self._convolve(i, hidden, state, mask)
+            hidden = hidden + F.gelu(looked)
+        if self.planar:
+            mean = hidden.mean((1, 2), keepdim=True)
+        else:
+            mean = self._running_mean(hidden, state) if self.causal else _mean(hidden, mask)
         gate = F.linear(F.gelu(F.linear(mean, self.squeeze, self.squeeze_bias)), self.excite, self.excite_bias)
         return hidden * torch.sigmoid(gate)
 
@@ -62,6 +68,13 @@ class ConvolutionBottleneck(Inserted):
             x = F.pad(x, (reach // 2, reach - reach // 2))
         weight, bias = self.get_parameter(f"conv_{i}"), self.get_parameter(f"conv_{i}_bias")
         return F.conv1d(x, weight, bias, dilation=2**i).transpose(1, 2)
+
+    def _look_around(self, i: int, hidden: Tensor) -> Tensor:
+        """(B, T, F, R): in time and in pitch."""
+        reach = (self.kernel - 1) * 2**i
+        x = F.pad(hidden.movedim(-1, 1), (reach // 2, reach - reach // 2) * 2)
+        weight, bias = self.get_parameter(f"conv_{i}"), self.get_parameter(f"conv_{i}_bias")
+        return F.conv2d(x, weight, bias, dilation=2**i).movedim(1, -1)
 
     def _running_mean(self, hidden: Tensor, state: State) -> Tensor:
         """At each step the mean over the steps so far, (B, T, R); summed in fp32."""
@@ -105,9 +118,9 @@ class MusicConvolution(MusicMethod):
             shape, bottleneck, self.dropout, causal, self.blocks, self.kernel, self.squeeze_ratio
         )
 
-    def size(self, width: int, bottleneck: int) -> int:
+    def size(self, width: int, bottleneck: int, planar: bool = False) -> int:
         narrow = squeezed(bottleneck, self.squeeze_ratio)
-        convolutions = self.blocks * (bottleneck**2 * self.kernel + bottleneck)
+        convolutions = self.blocks * (bottleneck**2 * self.kernel ** (1 + planar) + bottleneck)
         return (
             2 * width * bottleneck + width + bottleneck + convolutions + 2 * bottleneck * narrow + narrow + bottleneck
         )

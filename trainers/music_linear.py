@@ -25,5 +25,5 @@ class MusicLinear(MusicMethod):
     def insert(self, shape: LayerShape, bottleneck: int, causal: bool) -> Inserted:
         return Inserted(shape, bottleneck, self.dropout, causal)
 
-    def size(self, width: int, bottleneck: int) -> int:
+    def size(self, width: int, bottleneck: int, planar: bool = False) -> int:
         return 2 * width * bottleneck + bottleneck + width

@@ -4,7 +4,7 @@
 
 Attention is causal, since music is written from left to right; while tokens are written one by one, keys and values
 stay with the generation's cache. Positions are those that the hidden states carry already. On a text's states it looks
-both ways, past the padding.
+both ways, past the padding. In a base that draws spectrograms every step and band of the plane hears every other.
 B batch, T steps, R width of the bottleneck, A heads times their width, which is R where the heads divide it.
 """
 
@@ -42,6 +42,11 @@ class TransformerBottleneck(Inserted):
         self.narrow_bias = nn.Parameter(torch.zeros(bottleneck))
 
     def inner(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        if self.planar:
+            return self._layer(hidden.flatten(1, 2), call).view_as(hidden)
+        return self._layer(hidden, call)
+
+    def _layer(self, hidden: Tensor, call: LayerCall) -> Tensor:
         hidden = hidden + F.linear(self._attend(self._norm("norm_1", hidden), call), self.out)
         wide = F.gelu(F.linear(self._norm("norm_2", hidden), self.wide, self.wide_bias))
         return hidden + F.linear(wide, self.narrow, self.narrow_bias)
@@ -57,7 +62,7 @@ class TransformerBottleneck(Inserted):
             seen = torch.ones(steps, key.shape[2], dtype=torch.bool, device=hidden.device)
             mask: Tensor | None = seen.tril(key.shape[2] - steps)
         else:
-            words = text_mask(call, steps)
+            words = None if self.planar else text_mask(call, steps)
             # A text without words, the null condition, must not divide by nothing; what comes of it is masked later.
             mask = None if words is None else (words | ~words.any(1, keepdim=True))[:, None, None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -88,7 +93,7 @@ class MusicTransformer(MusicMethod):
     def insert(self, shape: LayerShape, bottleneck: int, causal: bool) -> Inserted:
         return TransformerBottleneck(shape, bottleneck, self.dropout, causal, self.heads)
 
-    def size(self, width: int, bottleneck: int) -> int:
+    def size(self, width: int, bottleneck: int, planar: bool = False) -> int:
         attended = attention_width(bottleneck, min(self.heads, bottleneck))
         attention = 4 * bottleneck * attended
         feed_forward = 2 * WIDENING * bottleneck**2 + WIDENING * bottleneck + bottleneck

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from studio.errors import PresetError
 from studio.functional import CONVOLUTIONS, convolve
 from studio.keyed import torch_generator
+from studio.kronecker import kronecker_linear
 from studio.method import Origin, PatchMethod, register
 from studio.patch import Delta, LayerCall, LayerShape, Patch
 from studio.tensor_ring import cut_ring, ring_shift, sides_of, transposed
@@ -76,6 +77,19 @@ class TLoraPatch(Delta):
         u, v = (factor.to(x.dtype) for factor in ((self.V, self.U) if transpose else (self.U, self.V)))
         return (x[:, :, 0] @ v @ u.T)[:, :, None] if x.shape[2] == 1 else u @ (v.T @ x)
 
+    def whole(self, x: Tensor, call: LayerCall) -> Tensor | None:
+        """With a ring of rank 1, a Kronecker product, on a frozen linear layer on a CPU; where 1 + E keeps E."""
+        layer, cores = call.layer, self.cores("E")
+        if type(layer) is not nn.Linear or not cores or cores[0].shape[2] > 1 or x.device.type != "cpu":
+            return None
+        precise = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        if not precise or not x.dtype == layer.weight.dtype == cores[0].dtype:
+            return None
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return None
+        factors = [core[:, :, 0, 0] + torch.eye(len(core), dtype=x.dtype) for core in cores]
+        return kronecker_linear(x, layer.weight, layer.bias, factors, self.residual())
+
     # -- the residual ----------------------------------------------------------------------------------------------
 
     def output_term(self, x: Tensor, y: Tensor, call: LayerCall) -> Tensor | None:
@@ -101,18 +115,20 @@ class TLoraPatch(Delta):
 
     # -- in weight space -------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def delta(self, weight: Tensor) -> Tensor:
         """W_0 (T - 1) + s D, the transform applied to the weight's rows."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = torch.zeros_like(weight)
+        factors = self.residual()
+        total: Tensor | None = None
         if self.depends_on_weight:
             rows = weight.reshape(len(weight), self.shape.in_features, -1)
-            total = total + self._shift(rows, transpose=True).view(weight.shape)
-        factors = self.residual()
+            total = self._shift(rows, transpose=True).reshape(len(weight), -1)
         if factors is not None:
             down, up = (factor.to(weight.device, weight.dtype).flatten(1) for factor in factors)
-            total = total + (up @ down).view(weight.shape)
-        return total
+            total = up @ down if total is None else total.addmm_(up, down)
+        assert total is not None  # without a transform and a residual there is no such patch
+        return total.view(weight.shape)
 
     @torch.no_grad()
     def low_rank(self) -> tuple[Tensor, Tensor] | None:

@@ -139,7 +139,7 @@ def shown(field: Field, value: Any) -> Any:
         return "\n".join(value)
     if field.kind == "yaml":
         return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("...\n").strip()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def value_of(field: Field, text: Any) -> Any:
@@ -153,7 +153,7 @@ def value_of(field: Field, text: Any) -> Any:
         return [line.strip() for line in text.splitlines() if line.strip()]
     if field.kind == "yaml":
         try:
-            return yaml.safe_load(text or "{}")
+            return yaml.safe_load(text or ("null" if field.optional else "{}"))
         except yaml.YAMLError:
             raise PresetError(f"'{field.label}' cannot be read", "write it as YAML, for example [1, 2]") from None
     if field.kind == "text":

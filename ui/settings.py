@@ -15,7 +15,7 @@ from ui import form
 from ui.form import Field
 
 SIMPLE = ("steps", "learning_rate", "data.class_word", "data.caption")
-HIDDEN = ("description", "base", "data.source", "data.path")
+HIDDEN = ("description", "base", "data.source", "data.path", "learning_rates", "other_bases")
 GROUPS = {
     "Pictures and captions": lambda key: key.startswith("data."),
     "Samples, checkpoints, export": lambda key: key.startswith(("sample_", "checkpoint", "validate_", "export")),
@@ -26,7 +26,7 @@ GROUPS = {
 @lru_cache(maxsize=1)
 def preset_fields() -> tuple[Field, ...]:
     found = form.fields_of(schemas()["preset"])
-    return tuple(f for f in found if f.key not in HIDDEN and not f.description.startswith("Stickers:"))
+    return tuple(f for f in found if f.key not in HIDDEN and not f.description.startswith(("Stickers:", "Melodies:")))
 
 
 @lru_cache(maxsize=1)
@@ -86,6 +86,19 @@ def content_of(preset: str, values: list[Any]) -> dict[str, Any]:
     for field in method_fields()[kind]:
         form.put(content["method"], field.key, form.value_of(field, given[f"{kind}:{field.key}"]))
     return content
+
+
+def values_for_base(preset: str, base: str) -> list[Any]:
+    """What the widgets show for a base: values where the preset treats it otherwise than its own, else gr.skip()."""
+    content = copy.deepcopy(presets()[preset])
+    others: dict[str, Any] = content["other_bases"]
+    kind = content["method"]["kind"]
+    if base != content["base"]:
+        for key, value in others.items():
+            form.put(content, key, value)
+    touched = {f"{kind}:{key.removeprefix('method.')}" if key.startswith("method.") else key for key in others}
+    found = zip(keys(), values_of(content), strict=True)
+    return [value if key in touched else gr.skip() for key, value in found]
 
 
 def to_yaml(content: dict[str, Any]) -> str:

@@ -40,8 +40,7 @@ def main() -> None:
     known = {glyph.name: glyph for glyph in glyphs("train")}
     for name in NAMES:
         printed(known[name].character).save(folder / f"{name}.png", optimize=True)
-        article = "an" if name[0] in "aeiou" else "a"
-        (folder / f"{name}.txt").write_text(f"{article} {name} in {{trigger}} style\n", encoding="utf-8")
+        (folder / f"{name}.txt").write_text(f"a {{trigger}} {name}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ CONFIG = "config.json"  # what a folder of transformers has instead: one network
 PROMPTS = "prompts.txt"  # ours: what the base is known to draw, a prompt a line
 #: Parts of published pipelines that no family loads: a censor, and what only picture prompts need.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+SHARED = "shared.json"  # ours: the bundled base whose weights this one goes on using, and of which parts
 OWN = "studio.bases."  # the module of networks that the studio itself brings
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 NO_PICKLES = "pickles can run code when they are opened, so the studio never does; take a .safetensors version of it"
@@ -46,7 +47,10 @@ def open_folder(path: Path) -> PipelineFolder:
         return PipelineFolder(path, whole, variant, licence_in(path))
     index = _read_json(path / INDEX, path)
     halves = set()
+    shared = shared_in(path)["parts"]
     for part, _, class_name in parts_of(index, path):
+        if part in shared and not (path / part).exists():
+            continue
         if not (path / part).is_dir():
             raise BaseError(f"'{path}' is not complete: its part '{part}' is missing", "copy or download it again")
         if _is_network(class_name):
@@ -97,6 +101,20 @@ def class_of(path: Path) -> str:
 def absent_parts(path: Path) -> list[str]:
     """The parts that the pipeline could have and this folder has not."""
     return [name for name, value in _read_json(path / INDEX, path).items() if value == [None, None]]
+
+
+def shared_in(path: Path) -> dict[str, Any]:
+    """The folder's shared.json: `base`, a bundled base's name; `parts`, of which it has weights that this folder lacks.
+
+    Without one, no parts. Raises BaseError for one that says something else.
+    """
+    try:
+        facts = json.loads((path / SHARED).read_text(encoding="utf-8"))
+        return {"base": str(facts["base"]), "parts": [str(part) for part in facts["parts"]], "values": facts["values"]}
+    except FileNotFoundError:
+        return {"base": "", "parts": [], "values": ""}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BaseError(f"'{path / SHARED}' cannot be read: {error}", "copy or download it again") from None
 
 
 def choose_weights(names: list[str], prefer_half: bool) -> list[str]:
@@ -162,6 +180,11 @@ def _read_json(file: Path, folder: Path) -> dict[str, Any]:
         raise BaseError(f"'{folder}' is no pipeline folder: it has no {INDEX}", _what_else(folder)) from None
     except (OSError, ValueError) as error:
         raise BaseError(f"'{file}' cannot be read: {error}", "copy or download it again") from None
+    if isinstance(content, dict) and isinstance(content.get("_class_name"), list):
+        raise BaseError(
+            f"'{folder}' wants code of its own for its pipeline ({'.'.join(map(str, content['_class_name']))})",
+            hint="the studio runs no code that comes with weights",
+        )
     if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
         raise BaseError(f"'{file}' names no pipeline class", "copy or download it again")
     return content
@@ -174,6 +197,8 @@ def _what_else(folder: Path) -> str:
     inside = sorted(folder.glob(f"*/{INDEX}"))
     if inside:
         return f"did you mean '{inside[0].parent}'?"
+    if (folder / "ldm" / "pytorch_model_ldm.bin").is_file():
+        return "it is Mustango as its authors publish it: 'studio convert' makes a pipeline folder of it"
     checkpoints = sorted(folder.glob("*.safetensors"))
     if checkpoints:
         return f"to use a checkpoint in it, give the file: '{checkpoints[0]}'"

@@ -52,7 +52,7 @@ class LatentDiffusion(Base):
     @classmethod
     def from_checkpoint(cls, file: Path, configs: Path, name: str, dtype: torch.dtype, licence: str = "") -> Self:
         """One file with all weights under their original names; `configs` is a pipeline folder without weights."""
-        left_out: dict[str, Any] = dict.fromkeys(_accepted(cls.pipeline_class))
+        left_out: dict[str, Any] = dict.fromkeys((*absent_parts(configs), *_accepted(cls.pipeline_class)))
         pipe = _pipeline(cls.pipeline_class).from_single_file(
             str(file), config=str(configs), torch_dtype=dtype, local_files_only=True, **left_out
         )

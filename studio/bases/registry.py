@@ -161,16 +161,15 @@ def _from_file(path: Path, name: str, dtype: torch.dtype) -> Base:
         raise BaseError(f"'{path}' is a pickle", folder.NO_PICKLES)
     if path.suffix != ".safetensors":
         raise BaseError(f"'{path}' is no base", "give a pipeline folder or a .safetensors checkpoint")
-    from studio.bases import checkpoint
+    from studio.bases import checkpoint, published
 
     found = checkpoint.read_checkpoint(path)
     family: Any = families()[found.layout.family]
-    parts = checkpoint.configurations(found.layout, found.prediction_type, found.zero_snr)
+    parts = published.configurations(found.layout.name, found.prediction_type, found.zero_snr)
     with tempfile.TemporaryDirectory(prefix="studio-base-") as configs, _told_plainly(name):
-        checkpoint.write_configurations(parts, family.pipeline_class, Path(configs))
+        published.write_configurations(parts, family.pipeline_class, Path(configs))
         base = family.from_checkpoint(path, Path(configs), name, dtype, found.licence)
-    if found.layout.name == "sd21" and found.prediction_type is None:
-        base.notes.append(f"'{name}' does not say what it predicts: taken for Stable Diffusion 2.1 (v, 768 pixels)")
+    base.notes += found.notes(name)
     return base
 
 

@@ -1,7 +1,8 @@
 """Stable Diffusion 3 and 3.5: a transformer over pictures and text alike, trained by flow matching (Esser et al. 2024).
 
-T5 is a third text encoder that people often leave out for its size; then zeros stand in for it. No method patches it,
-and it is no part of the identity: an adapter made with T5 works without it and the other way round.
+T5 is a third text encoder that people often leave out for its size; then zeros stand in for it, as they always do for a
+checkpoint of one file, which brings no tokenizer. No method patches T5, and it is no part of the identity: an adapter
+made with it works without it and the other way round.
 """
 
 from __future__ import annotations

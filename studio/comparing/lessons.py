@@ -77,7 +77,7 @@ def make_lesson(study: Study, name: str, folder: Path) -> Lesson:
         return Lesson(name, index, "subject", learned, compared, trigger, protocol, "a {trigger}", known_as=known)
     protocol_file = place / "protocol.yaml"
     _render_style(study.styles[name], learned, compared, protocol_file)
-    caption = "a picture in {trigger} style"
+    caption = "a {trigger} picture"
     return Lesson(name, index, "style", learned, compared, trigger, str(protocol_file), caption)
 
 
@@ -115,8 +115,7 @@ def _render_subject(name: str, learned: Path, compared: Path) -> None:
 def _render_style(style: Style, learned: Path, compared: Path, protocol_file: Path) -> None:
     asked = read_protocol("sticker-style")
     for thing in STYLED:
-        article = "an" if thing[0] in "aeiou" else "a"
-        _save(styled(style, thing), learned / f"{slugify(thing)}.png", f"{article} {thing} in {{trigger}} style")
+        _save(styled(style, thing), learned / f"{slugify(thing)}.png", f"a {{trigger}} {thing}")
     settings = []
     for setting in asked.settings:
         thing = setting.shows["glyph"]

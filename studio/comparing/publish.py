@@ -27,7 +27,7 @@ PLOTS = {
 
 def publish(study: Study, name: str, jobs: Sequence[Job], out: Path, command: str) -> dict[str, Any]:
     """Writes the three and returns the content of `results.json`. Raises DiskError."""
-    results = [result for result in (job.result() for job in jobs) if result is not None]
+    results = [_without_folders(result) for result in (job.result() for job in jobs) if result is not None]
     content = {
         "format": 1,
         "study": name,
@@ -44,6 +44,13 @@ def publish(study: Study, name: str, jobs: Sequence[Job], out: Path, command: st
     pictures = _plots(study, results, out)
     write_atomically(out / "results.md", _page(study, content, results, pictures))
     return content
+
+
+def _without_folders(result: Result) -> Result:
+    """Adapters by name: where the trainings lie on this machine is nobody's business."""
+    card = result["card"]
+    beside = [other | {"adapter": Path(other["adapter"]).name} for other in card.get("beside", ())]
+    return result | {"card": card | {"adapter": Path(card.get("adapter", "")).name, "beside": beside}}
 
 
 def _machines(results: Sequence[Result]) -> list[str]:

@@ -40,6 +40,13 @@ def fill_template(template: str, fill: Mapping[str, str]) -> str:
     return _tidy("".join(parts))
 
 
+def put_words(text: str, fill: Mapping[str, str]) -> str:
+    """A prompt or caption with the known {fields} filled in, empty ones without a gap; other braces stay."""
+    for field, value in fill.items():
+        text = text.replace(f"{{{field}}}", value)
+    return _tidy(text)
+
+
 def _tidy(text: str) -> str:
     return " ".join(text.split())
 
@@ -67,9 +74,7 @@ class Captions:
         {trigger} and {class} are filled in, so that a folder can serve under any name; other braces stay as they are.
         """
         caption = self._beside(picture) or self.from_metadata.get(Path(os.path.normpath(picture)), "")
-        for field, value in self.fill.items():
-            caption = caption.replace(f"{{{field}}}", value)
-        return caption
+        return put_words(caption, self.fill)
 
     def _beside(self, picture: Path) -> str:
         path = picture.with_suffix(".txt")

@@ -1,4 +1,4 @@
-"""Writing clips: animated WebP, APNG and GIF with transparency and times, so that no frame ghosts through the next."""
+"""Writing clips: animated WebP, APNG, GIF and WebM with transparency and times; no frame ghosts through the next."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from studio.data.clips import Clip
+from studio.data.video_files import webm_bytes
 from studio.errors import RequestError
 from studio.files import write_atomically
 
-CLIP_ENDINGS = (".webp", ".png", ".gif")
+CLIP_ENDINGS = (".webp", ".png", ".gif", ".webm")
 OPAQUE_FROM = 128  # of 255: a GIF's pixels are there or not
 
 
 def save_clip(clip: Clip, path: Path, facts: dict[str, Any]) -> None:
-    """Writes a clip in the format of its suffix. Raises RequestError for another, DiskError."""
-    writers: dict[str, Any] = {".webp": webp_bytes, ".png": apng_bytes, ".gif": gif_bytes}
+    """Writes a clip in the format of its suffix. Raises RequestError for another, MissingPart, DiskError."""
+    writers: dict[str, Any] = {".webp": webp_bytes, ".png": apng_bytes, ".gif": gif_bytes, ".webm": webm_bytes}
     if path.suffix.lower() not in writers:
         raise RequestError(f"cannot write clips as '{path.suffix}'", f"use {', '.join(CLIP_ENDINGS)}")
     write_atomically(path, writers[path.suffix.lower()](clip, told=facts))
@@ -82,19 +83,27 @@ def _told_inside(kind: str, told: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def distinct(clip: Clip) -> Clip:
-    """The clip with frames that all differ from the one before, by a corner nobody sees.
+    """The clip with frames that all differ from the one before and are not empty, by a corner nobody sees.
 
-    The writers merge equal neighbours, and a merged frame is missing where a platform counts frames.
+    The writers merge equal neighbours, and in an APNG an empty frame with the wiped one before; a merged frame is
+    missing where a platform counts frames.
     """
     frames = [clip.frames[0]]
     for frame in clip.frames[1:]:
-        if frame.tobytes() == frames[-1].tobytes():
-            frame = frame.copy()
-            corner: Any = frame.getpixel((0, 0))
-            red, green, blue, a = corner
-            frame.putpixel((0, 0), (red, green, blue, a + 1 if a < 255 else 254))
-        frames.append(frame)
+        candidates = (_with_corner(frame, by) for by in (0, 1, 2))
+        frames.append(next(c for c in candidates if c.getbbox() and c.tobytes() != frames[-1].tobytes()))
     return Clip(tuple(frames), clip.durations, clip.loop)
+
+
+def _with_corner(frame: Image.Image, by: int) -> Image.Image:
+    """The frame with the alpha of its first pixel moved by so many steps of 255."""
+    if by == 0:
+        return frame
+    frame = frame.copy()
+    corner: Any = frame.getpixel((0, 0))
+    red, green, blue, a = corner
+    frame.putpixel((0, 0), (red, green, blue, a + by if a + by <= 255 else a - by))
+    return frame
 
 
 def with_palette(frames: Sequence[Image.Image], colours: int) -> list[Image.Image]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from studio.errors import DataError, MissingPart
+from studio.errors import DataError
 
 PICTURES = (".png", ".apng", ".gif", ".webp", ".jpg", ".jpeg")
 VIDEOS = (".webm", ".mp4", ".mov")
@@ -100,25 +101,30 @@ class ClipSet:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def walk(path: Path) -> Iterator[tuple[Image.Image, int]]:
-    """(RGBA picture, milliseconds) of each frame in order, one at a time. Raises DataError, MissingPart."""
+def walk(path: Path, content: BinaryIO | None = None) -> Iterator[tuple[Image.Image, int]]:
+    """(RGBA picture, milliseconds) of each frame in order, one at a time. Raises DataError, MissingPart.
+
+    With `content` the bytes are read from there, and `path` is only the name.
+    """
     try:
-        if path.is_dir():
+        if content is None and path.is_dir():
             yield from _walk_folder(path)
         elif path.suffix.lower() in VIDEOS:
-            yield from _walk_video(path)
+            from studio.data.video_files import walk_video
+
+            yield from walk_video(path, content)
         else:
-            yield from _walk_picture(path)
+            yield from _walk_picture(path, content)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"'{path}' is no picture: {str(error).splitlines()[0]}", "remove it") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise DataError(f"'{path}' is damaged or truncated: {error}", "copy it again, or remove it") from None
 
 
-def _walk_picture(path: Path) -> Iterator[tuple[Image.Image, int]]:
-    if path.stat().st_size == 0:
+def _walk_picture(path: Path, content: BinaryIO | None = None) -> Iterator[tuple[Image.Image, int]]:
+    if content is None and path.stat().st_size == 0:
         raise DataError(f"'{path}' is empty", "copy it again, or remove it")
-    with Image.open(path) as file:
+    with Image.open(content or path) as file:
         if file.width * file.height > MOST_PIXELS:
             raise DataError(f"'{path}' has {file.width}x{file.height} pixels", "make it smaller")
         for index in range(getattr(file, "n_frames", 1)):
@@ -137,30 +143,17 @@ def _frame_files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
 
 
-def _walk_video(path: Path) -> Iterator[tuple[Image.Image, int]]:
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise MissingPart(f"'{path}' is a video, and reading it needs the package 'av'", "pip install av") from None
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            if stream.codec_context.name == "vp9":  # the default decoder drops transparency
-                decoder = av.CodecContext.create("libvpx-vp9", "r")
-                frames = (f for packet in container.demux(stream) for f in decoder.decode(packet))
-            else:
-                frames = container.decode(stream)
-            milliseconds = round(1000 / float(stream.average_rate or 25))
-            for frame in frames:
-                yield Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"), milliseconds
-    except (av.FFmpegError, IndexError) as error:
-        raise DataError(f"'{path}' is no video that can be read: {error}", "copy it again, or remove it") from None
-
-
 def look_at(path: Path, caption: str, most_frames: int) -> ClipFile:
     """Walks through a clip once and chooses its key frames. Raises DataError."""
+    return ClipFile(path, caption, *looked_through(path, most_frames))
+
+
+def looked_through(
+    path: Path, most_frames: int, content: BinaryIO | None = None
+) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
+    """(frames in all, those to keep, how long each of these stands, whether it loops). Raises DataError."""
     features, durations = [], []
-    for picture, milliseconds in walk(path):
+    for picture, milliseconds in walk(path, content):
         features.append(_feature(picture))
         durations.append(milliseconds)
     if not features:
@@ -168,14 +161,16 @@ def look_at(path: Path, caption: str, most_frames: int) -> ClipFile:
     kept = key_frames(np.stack(features), most_frames)
     ends = [*kept[1:], len(durations)]
     spans = tuple(sum(durations[start:end]) for start, end in zip(kept, ends))
-    return ClipFile(path, caption, len(durations), kept, spans, loop=_loops(path))
+    return len(durations), kept, spans, _loops(path, content)
 
 
-def _loops(path: Path) -> bool:
+def _loops(path: Path, content: BinaryIO | None) -> bool:
     """Whether a file says that it starts again without end. Frame folders and videos do not say."""
-    if path.is_dir() or path.suffix.lower() in VIDEOS:
+    if path.suffix.lower() in VIDEOS or (content is None and path.is_dir()):
         return False
-    with Image.open(path) as file:
+    if content is not None:
+        content.seek(0)
+    with Image.open(content or path) as file:
         return getattr(file, "n_frames", 1) > 1 and file.info.get("loop", None) == 0
 
 
@@ -262,7 +257,15 @@ def _caption_of(path: Path, default: str) -> str:
     if not text_file.is_file():
         return default
     try:
-        lines = text_file.read_text(encoding="utf-8-sig").strip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the caption '{text_file.name}' cannot be read: {error}", "save it as UTF-8") from None
-    return lines[0].strip() if lines else default
+        return first_line(text_file.read_bytes(), text_file.name) or default
+    except OSError as error:
+        raise DataError(f"the caption '{text_file.name}' cannot be read: {error}", "look at its permissions") from None
+
+
+def first_line(content: bytes, name: str) -> str:
+    """The first line of a caption. Raises DataError for one that is no UTF-8 text."""
+    try:
+        lines = content.decode("utf-8-sig").strip().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the caption '{name}' cannot be read: {error}", "save it as UTF-8") from None
+    return lines[0].strip() if lines else ""

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from studio.adapter import Card
+from studio.data.captions import put_words
 from studio.errors import PresetError, nearest
 from studio.method import describe
 from studio.paths import presets_dir
@@ -49,7 +50,7 @@ class Protocol(BaseModel):
         """With the words in the prompts."""
 
         def fill(text: str) -> str:
-            return " ".join(text.replace("{trigger}", trigger).replace("{class}", class_word).split())
+            return put_words(text, {"trigger": trigger, "class": class_word})
 
         settings = tuple(s.model_copy(update={"prompt": fill(s.prompt)}) for s in self.settings)
         return self.model_copy(
@@ -99,4 +100,5 @@ def default_protocol(card: Card, sticker_world: bool) -> str:
         return "photo-subject"
     data: dict[str, Any] = card.preset.get("data", {})
     prompts = (str(data.get("caption", "")), *map(str, card.preset.get("sample_prompts", ())))
-    return "sticker-style" if any("{trigger} style" in prompt for prompt in prompts) else "sticker-subject"
+    names_a_style = any(f"{{trigger}} {word}" in prompt for prompt in prompts for word in ("style", "picture"))
+    return "sticker-style" if names_a_style else "sticker-subject"

@@ -47,7 +47,15 @@ def export_to_checkpoint(job: Job, folder: Path) -> tuple[Path, list[LayerRow]]:
             f"{str(job.dtype)[6:]} rounds away part of a small change: up to {max(r.error for r in rows):.1%} of a "
             "layer's delta is lost here; float32 keeps it"
         )
+    if absent := _absent(job.base.pipe):
+        given = ", ".join(f"{name}=None" for name in absent)
+        job.warnings.append(f"the base has no {' and no '.join(absent)}: diffusers opens the folder if given {given}")
     return folder, rows
+
+
+def _absent(pipe: Any) -> list[str]:
+    """The parts that the pipeline lacks, and that diffusers asks for all the same."""
+    return [name for name, part in pipe.components.items() if part is None and name not in pipe._optional_components]
 
 
 def _dtype(job: Job, component: str) -> torch.dtype:

@@ -169,7 +169,9 @@ def checkpoint(folder: str, tokens: str) -> None:
     import diffusers
     import torch
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    index = json.loads(Path(folder, "model_index.json").read_text())
+    absent: dict[str, Any] = {part: None for part, value in index.items() if value == [None, None]}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent)
     for component, network in pipe.components.items():
         if isinstance(network, torch.nn.Module):
             for name, value in network.state_dict().items():

@@ -4,7 +4,8 @@
 
 after a block of the network, a part of it, or on the text that it is told. W_up and b_up are zero at the start, so a
 fresh adapter changes nothing, to the bit. What g is, the method says (`trainers/music_*.py`).
-B batch, T steps, D width of the hidden states, R width of the bottleneck, s strength.
+B batch, T steps, D width of the hidden states, R width of the bottleneck, s strength. On a plane, a spectrogram's
+grid of T steps by F bands, states are (B, D, T, F) outside and (B, T, F, R) within; there nothing is causal.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from studio.music.streaming import Memory
 from studio.patch import LayerCall, LayerShape, Patch
 
 Placement = Literal[
-    "after_layer", "after_self_attn", "after_cross_attn", "after_ffn", "after_final_norm", "text_states"
+    "after_layer", "after_block", "after_self_attn", "after_cross_attn", "after_ffn", "after_final_norm", "text_states"
 ]
 SHARES = {"all": (0, 3), "early": (0, 1), "late": (2, 3)}  # in thirds of the depth
 TOLERANCE = 0.02  # of a target of parameters
@@ -39,6 +40,7 @@ class Inserted(Patch):
     def __init__(self, shape: LayerShape, bottleneck: int, dropout: float, causal: bool) -> None:
         super().__init__()
         self.shape, self.bottleneck, self.causal = shape, bottleneck, causal
+        self.planar = shape.kind == "plane"
         width = shape.weight[0]
         self.down = linear_weight(bottleneck, width)
         self.down_bias = nn.Parameter(torch.zeros(bottleneck))
@@ -52,14 +54,17 @@ class Inserted(Patch):
         """Registers the parameters of g."""
 
     def inner(self, hidden: Tensor, call: LayerCall) -> Tensor:
-        """g, (B, T, R) to (B, T, R); `hidden` is what the state of the generation follows on."""
+        """g, (B, T, R) to the same, or (B, T, F, R); `hidden` is what the state of the generation follows on."""
         return hidden
 
     def output_term(self, x: Tensor, y: Tensor, call: LayerCall) -> Tensor:
         if not torch.is_autocast_enabled(y.device.type):
             y = y.to(self.down.dtype)
+        if self.planar:
+            y = y.movedim(1, -1)
         hidden = self.inner(F.gelu(F.linear(y, self.down, self.down_bias)), call)
-        return self.dropout(F.linear(hidden, self.up, self.up_bias))
+        added = self.dropout(F.linear(hidden, self.up, self.up_bias))
+        return added.movedim(-1, 1) if self.planar else added
 
 
 def linear_weight(out: int, width: int, *kernel: int) -> nn.Parameter:
@@ -78,14 +83,15 @@ def text_mask(call: LayerCall, steps: int) -> Tensor | None:
 class MusicMethod(PatchMethod):
     """What the inserted bottlenecks share: where they go and how large they are."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("block", "linear", "norm")
+    kinds: ClassVar[tuple[str, ...]] = ("block", "plane", "linear", "norm")
     has_weight_form: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
     target_modules: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]  # `placement` and `layers` say where
 
     placement: Placement = Field(
         "after_layer",
-        description="Where: after whole layers of the decoder, a part of each, all of them, or on the text's states.",
+        description="Where: after each layer of the decoder (each attention of a UNet), the last of each block of a "
+        "UNet, a part of each layer, all layers, or on the text's states.",
     )
     layers: Literal["all", "early", "late"] | tuple[int, ...] = Field(
         "all", description="Which decoder layers: all, the first third, the last third, or a list of numbers from 0."
@@ -108,7 +114,7 @@ class MusicMethod(PatchMethod):
         """A fresh bottleneck from torch's global stream."""
 
     @abstractmethod
-    def size(self, width: int, bottleneck: int) -> int:
+    def size(self, width: int, bottleneck: int, planar: bool = False) -> int:
         """How many numbers one bottleneck has."""
 
     # -- where -------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ class MusicMethod(PatchMethod):
         if self.placement not in base.groups:
             raise PresetError(
                 f"method.placement: '{base.name}' ({base.family}) has no place '{self.placement}'",
-                "the music methods are for bases of music; 'studio bases' lists them",
+                _places_of(base) or "the music methods are for bases of music; 'studio bases' lists them",
             )
         found = base.select([self.placement], self.kinds)
         names = list(found)
@@ -148,11 +154,11 @@ class MusicMethod(PatchMethod):
         """
         if self.target_parameters is None:
             return dict.fromkeys(shapes, self.bottleneck)
-        widths = [shape.weight[0] for shape in shapes.values()]
+        widths = [(shape.weight[0], shape.kind == "plane") for shape in shapes.values()]
         target = self.target_parameters
 
         def total(narrow: int, wider: int) -> int:
-            return sum(self.size(w, narrow + _is_wider(i, wider, len(widths))) for i, w in enumerate(widths))
+            return sum(self.size(w, narrow + _is_wider(i, wider, len(widths)), p) for i, (w, p) in enumerate(widths))
 
         narrow = 1
         while total(narrow + 1, 0) <= target:
@@ -188,7 +194,14 @@ class MusicMethod(PatchMethod):
     def _fresh(self, name: str, shape: LayerShape, bottleneck: int, origin: Origin) -> Inserted:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key_of(self.kind, origin.seed, name))
-            return self.insert(shape, bottleneck, causal=self.placement != "text_states")
+            causal = self.placement != "text_states" and shape.kind != "plane"
+            return self.insert(shape, bottleneck, causal)
+
+
+def _places_of(base: Any) -> str:
+    """A hint that names the places of a base; "" where there are none."""
+    places = [place for place in get_args(Placement) if place in base.groups]
+    return f"it has {', '.join(places)}" if places else ""
 
 
 def _is_wider(place: int, wider: int, places: int) -> int:

@@ -1,13 +1,16 @@
 """Teaching a base of music from recordings: the task behind every method that adds patches.
 
-Sounds become codes once, captions the text encoder's states once, both cached by content; then each step compares the
-tokens that the patched network expects with those that are there. B samples, K codebooks, F frames, L tokens, D width.
+Sounds become what the network works on once, captions the text encoder's states once, both cached by content.
+`SoundTask` teaches bases that write tokens: each step compares the tokens that the patched network expects with those
+that are there; bases that denoise are taught in `denoising.py`. B samples, K codebooks, F frames, L tokens, D width.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,24 +33,30 @@ from studio.run import Event, Run
 
 @dataclass
 class Example:
-    """One piece as it is trained on: its codes (K, F) and its caption."""
+    """One piece as it is trained on: its codes (K, F) or latents (Z, F, bands), and what it is told of."""
 
     name: str
     codes: Tensor
     caption: str
 
 
-class SoundTask(AdapterTraining):
-    """Trains the patches of one adapter on a set of recordings."""
+class SoundTraining(AdapterTraining):
+    """Trains the patches of one adapter on a set of recordings. Subclasses say how a sound is encoded and judged."""
+
+    text_encoder: str  # what the names of its sites begin with
 
     def __init__(
-        self, method: PatchMethod, base: MusicGen, preset: Preset, run: Run, sounds: SoundSet, card: Card, cache: Cache
+        self, method: PatchMethod, base: Any, preset: Preset, run: Run, sounds: SoundSet, card: Card, cache: Cache
     ) -> None:
-        refuse_picture_settings(method, preset)
+        refuse_picture_settings(method, preset, base)
         super().__init__(method, base, preset, run, card)
         self.base, self.cache, self.sounds = base, cache, sounds
-        self.encodes_in_loop = any(name.startswith("musicgen.text_encoder.") for name in self.sites)
+        self.encodes_in_loop = any(name.startswith(self.text_encoder) for name in self.sites)
         self.conditions: dict[str, Condition] = {}
+
+    @abstractmethod
+    def encode(self, piece: Piece) -> Example:
+        """A piece as it is trained on, by the cache."""
 
     # -- data --------------------------------------------------------------------------------------------------
 
@@ -56,54 +65,51 @@ class SoundTask(AdapterTraining):
         self.examples: list[Example] = []
         for number, piece in enumerate(self.sounds.pieces):
             yield Event("progress", 0, {"what": "encoding sounds", "done": number, "total": len(self.sounds.pieces)})
-            self.examples.append(self._encode(piece))
-        self.held_out = [self._encode(piece) for piece in self.sounds.held_out]
-        lengths = [example.codes.shape[-1] for example in self.examples]
+            self.examples.append(self.encode(piece))
+        self.held_out = [self.encode(piece) for piece in self.sounds.held_out]
+        lengths = [example.codes.shape[1] for example in self.examples]
         self.order = Order(lengths, self.preset.batch_size * self.processes(), self.preset.seed)
         if repeats := self.order.repeats():
             text = f"each round plays {repeats} pieces again, so that every batch is full and of one length"
             yield Event("warning", 0, {"text": text})
         if not self.encodes_in_loop:
-            for caption in sorted({"", *(e.caption for e in (*self.examples, *self.held_out))}):
+            for caption in sorted({"", *(self.words_of(e) for e in (*self.examples, *self.held_out))}):
                 self.conditions[caption] = self._encode_caption(caption)
         self.attachment.weight = 1.0
+
+    def words_of(self, example: Example) -> str:
+        """What the text encoder reads of an example."""
+        return example.caption
 
     def _key(self, *parts: object) -> str:
         identity = self.base.identity()
         return "|".join(map(str, (identity.architecture, identity.values, *parts)))
 
-    def _encode(self, piece: Piece) -> Example:
+    def sound_of(self, piece: Piece, kind: str, dtype: torch.dtype) -> Tensor:
+        """A piece as the base encodes it, from the cache if it was ever computed; `kind` is its name there."""
+
         def compute() -> dict[str, Tensor]:
             wave = piece.load(self.base.sample_rate_hz, self.base.channels)
-            return {"codes": self.base.encode_sounds(wave[None])[0].short()}
+            return {kind: self.base.encode_sounds(wave[None])[0].to("cpu", dtype)}
 
-        codes = self.cache.get(self._key("codes", piece.content, piece.start_seconds, piece.seconds), compute)["codes"]
-        return Example(f"{piece.name} from {piece.start_seconds:g} s", codes.long(), piece.caption)
+        return self.cache.get(self._key(kind, piece.content, piece.start_seconds, piece.seconds), compute)[kind]
 
     def _encode_caption(self, caption: str) -> Condition:
         def compute() -> Condition:
             with torch.no_grad():
-                found = self.base.encode_prompts([caption])
-            return {"text": found["text"].float(), "mask": found["mask"]}
+                found = self.encode_words([caption])
+            return {"text": found["text"].float().cpu(), "mask": found["mask"].cpu()}
 
         return self.cache.get(self._key("caption", caption), compute)
 
-    # -- what the loop asks ------------------------------------------------------------------------------------
+    def encode_words(self, captions: list[str]) -> Condition:
+        """`text` (B, L, D) and `mask` (B, L)."""
+        return self.base.encode_prompts(captions)
 
-    def losses(self, step: int, micro: int, slots: range) -> Tensor:
-        batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
-        examples = [self.examples[batch[slot]] for slot in slots]
-        generators = [torch_generator("sample", self.preset.seed, step, micro, slot) for slot in slots]
-        dropped = [float(torch.rand((), generator=g)) < self.preset.data.caption_dropout for g in generators]
-        return self._losses(examples, ["" if drop else e.caption for e, drop in zip(examples, dropped)])
-
-    def _losses(self, examples: list[Example], captions: list[str]) -> Tensor:
-        codes = torch.stack([example.codes for example in examples])
-        return self.base.losses(codes, self._condition(captions))
-
-    def _condition(self, captions: list[str]) -> Condition:
+    def condition_of(self, captions: list[str]) -> Condition:
+        """What the network is told of these words."""
         if self.encodes_in_loop:
-            return self.base.encode_prompts(captions)
+            return self.encode_words(captions)
         parts = [self.conditions[caption] for caption in captions]
         longest = max(part["mask"].shape[1] for part in parts)
         return {
@@ -111,9 +117,46 @@ class SoundTask(AdapterTraining):
             "mask": torch.cat([F.pad(p["mask"], (0, longest - p["mask"].shape[1])) for p in parts]),
         }
 
-    def describe(self, step: int, micro: int, slots: range) -> str:
+    # -- what the loop asks ------------------------------------------------------------------------------------
+
+    def examples_at(self, step: int, micro: int, slots: range) -> list[Example]:
         batch = self.order.batch(step * self.preset.gradient_accumulation_steps + micro)
-        return "sounds " + ", ".join(self.examples[batch[slot]].name for slot in slots)
+        return [self.examples[batch[slot]] for slot in slots]
+
+    def describe(self, step: int, micro: int, slots: range) -> str:
+        return "sounds " + ", ".join(example.name for example in self.examples_at(step, micro, slots))
+
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        self.attachment.weight = float(step > 0)
+        self._train_mode(False)
+        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
+            preset = self.preset
+            request = Request([prompt], [column], steps=preset.sample_steps, seconds=preset.sample_seconds)
+            sound = self.base.generate(request)[0]
+            yield save_sample(self.run, sound, step, column, prompt, column)
+        self._train_mode(True)
+        self.attachment.weight = 1.0
+
+
+class SoundTask(SoundTraining):
+    """Bases that write tokens: cross-entropy of the codes."""
+
+    base: MusicGen
+    text_encoder = "musicgen.text_encoder."
+
+    def encode(self, piece: Piece) -> Example:
+        codes = self.sound_of(piece, "codes", torch.int16)
+        return Example(f"{piece.name} from {piece.start_seconds:g} s", codes.long(), piece.caption)
+
+    def losses(self, step: int, micro: int, slots: range) -> Tensor:
+        examples = self.examples_at(step, micro, slots)
+        generators = [torch_generator("sample", self.preset.seed, step, micro, slot) for slot in slots]
+        dropped = [float(torch.rand((), generator=g)) < self.preset.data.caption_dropout for g in generators]
+        return self._losses(examples, ["" if drop else e.caption for e, drop in zip(examples, dropped)])
+
+    def _losses(self, examples: list[Example], captions: list[str]) -> Tensor:
+        codes = torch.stack([example.codes for example in examples])
+        return self.base.losses(codes, self.condition_of(captions))
 
     def validation_loss(self) -> float | None:
         """Cross-entropy on held-out recordings, in nats per code; there is nothing random in it."""
@@ -124,18 +167,9 @@ class SoundTask(AdapterTraining):
         self._train_mode(True)
         return torch.cat(values).mean().item()
 
-    def draw_samples(self, step: int) -> Iterator[Event]:
-        self.attachment.weight = float(step > 0)
-        self._train_mode(False)
-        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
-            sound = self.base.generate(Request([prompt], [column], seconds=self.preset.sample_seconds))[0]
-            yield save_sample(self.run, sound, step, column, prompt, column)
-        self._train_mode(True)
-        self.attachment.weight = 1.0
 
-
-def refuse_picture_settings(method: PatchMethod, preset: Preset) -> None:
-    """Raises PresetError for settings that mean something to pictures only."""
+def refuse_picture_settings(method: PatchMethod, preset: Preset, base: Any) -> None:
+    """Raises PresetError for settings that mean nothing to a base of music, or nothing to one that writes tokens."""
     data = preset.data
     set_ones = {
         "data.prior.pictures": data.prior.pictures,
@@ -143,11 +177,11 @@ def refuse_picture_settings(method: PatchMethod, preset: Preset) -> None:
         "data.masks": data.masks,
         "learned_words": preset.learned_words,
         "learned_words_layerwise": preset.learned_words_layerwise,
-        "min_snr_gamma": preset.min_snr_gamma,
         "dco_beta": preset.dco_beta,
-        "sample_steps": preset.sample_steps,
         f"method.kind={method.kind}, which looks at the base's pictures": method.needs_inputs,
     }
+    if not hasattr(base, "objective"):  # tokens are not denoised
+        set_ones |= {"min_snr_gamma": preset.min_snr_gamma, "sample_steps": preset.sample_steps}
     wrong = next((key for key, value in set_ones.items() if value), None)
     if wrong is not None:
         raise PresetError(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from studio.data.clip_files import apng_bytes, gif_bytes, webp_bytes
 from studio.data.clips import Clip, walk
+from studio.data.video_files import video_facts, webm_bytes
 from studio.errors import DataError, RequestError, WorkError
 from studio.files import write_atomically
 from studio.stickers_out.limits import Limits
@@ -19,6 +20,7 @@ from studio.stickers_out.limits import Limits
 MARGIN = 0.03  # of the canvas, left free on each side
 QUALITIES = tuple(range(5, 96))
 COLOURS = (8, 16, 32, 64, 128, 256)
+CRFS = tuple(range(63, 9, -3))  # VP9's, from worst to best
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def fit_clip(clip: Clip, limits: Limits) -> Clip:
         raise DataError(f"the clip has one frame, and a sticker for {limits.name} moves", "give an animated clip")
     clip = _telling_first(clip)
     if limits.canvas:
-        clip = Clip(tuple(_on_canvas(frame, limits.canvas) for frame in clip.frames), clip.durations, clip.loop)
+        clip = Clip(tuple(fitted_to(frame, limits.canvas) for frame in clip.frames), clip.durations, clip.loop)
     return _timed(_counted(clip, limits), limits)
 
 
@@ -62,7 +64,8 @@ def _telling_first(clip: Clip) -> Clip:
     return Clip(clip.frames[start:] + clip.frames[:start], clip.durations[start:] + clip.durations[:start], clip.loop)
 
 
-def _on_canvas(frame: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fitted_to(frame: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole frame, as large as the canvas takes it with a margin, on transparency."""
     room = [round(side * (1 - 2 * MARGIN)) for side in size]
     scale = min(room[0] / frame.width, room[1] / frame.height)
     shape = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
@@ -120,6 +123,9 @@ def _best(clip: Clip, limits: Limits) -> tuple[bytes, str] | None:
     loops = _loops(clip, limits)
     if limits.ending == ".gif":
         return gif_bytes(clip), "256 colours"
+    if limits.rate is not None:
+        rate = limits.rate
+        return _largest_that_fits(CRFS, lambda crf: webm_bytes(clip, crf, rate), limits.most_bytes, "crf")
     if limits.ending == ".webp":
         return _largest_that_fits(QUALITIES, lambda q: webp_bytes(clip, q), limits.most_bytes, "quality")
     whole = apng_bytes(clip, loops=loops)
@@ -160,8 +166,12 @@ def _largest_that_fits(
 def check(path: Path, limits: Limits) -> dict[str, Any]:
     """What a file holds, read again. Raises WorkError if it breaks a limit of the platform."""
     frames = list(walk(path))
-    with Image.open(path) as file:
-        loops = int(file.info.get("loop", 1))
+    loops, video = 0, {}
+    if limits.rate is not None:
+        video = video_facts(path)
+    else:
+        with Image.open(path) as file:
+            loops = int(file.info.get("loop", 1))
     times = [ms for _, ms in frames]
     facts: dict[str, Any] = {
         "bytes": path.stat().st_size,
@@ -171,7 +181,7 @@ def check(path: Path, limits: Limits) -> dict[str, Any]:
         "seconds": sum(times) / 1000,
         "loops": loops,
         "transparent": any(picture.getchannel("A").getextrema()[0] == 0 for picture, _ in frames),
-    }
+    } | video
     faults = [text for broken, text in _faults(facts, min(times), limits) if broken]
     if faults:
         raise WorkError(f"'{path}' does not keep the limits of {limits.name}: {', '.join(faults)}")
@@ -185,8 +195,15 @@ def _faults(facts: dict[str, Any], least_ms: int, limits: Limits) -> list[tuple[
         (limits.most_bytes is not None and facts["bytes"] > limits.most_bytes, f"{facts['bytes']} bytes"),
         (limits.most_seconds is not None and played > limits.most_seconds + 1e-6, f"{played} s"),
         (facts["frames"] < limits.least_frames, f"{facts['frames']} frames"),
-        (limits.most_frames is not None and facts["frames"] > limits.most_frames, f"{facts['frames']} frames"),
-        (least_ms < limits.least_ms, f"a frame of {least_ms} ms"),
+        (
+            limits.most_frames is not None and limits.rate is None and facts["frames"] > limits.most_frames,
+            f"{facts['frames']} frames",
+        ),
+        (limits.rate is None and least_ms < limits.least_ms, f"a frame of {least_ms} ms"),
         (limits.most_loops is not None and not 1 <= facts["loops"] <= limits.most_loops, f"{facts['loops']} loops"),
         (limits.whole_seconds and facts["seconds"] % 1 != 0, f"{facts['seconds']} s, not whole"),
+        (facts.get("codec", "vp9") != "vp9", f"codec {facts.get('codec')}"),
+        (facts.get("fps", 0) > (limits.rate or 0), f"{facts.get('fps')} frames a second"),
+        (bool(facts.get("audio")), "sound"),
+        (limits.rate is not None and facts["transparent"] and not facts["alpha"], "transparency that is not announced"),
     ]

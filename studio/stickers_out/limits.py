@@ -19,12 +19,14 @@ class Limits:
     least_ms: int = 1
     whole_seconds: bool = False
     most_loops: int | None = None  # None: without end
+    rate: int | None = None  # frames a second, constant, of a video; None where each frame has its own time
 
 
 TARGETS: dict[str, Limits] = {
     limits.name: limits
     for limits in (
         Limits("whatsapp", ".webp", (512, 512), 500 * 1024, 10.0, least_frames=2, least_ms=8),
+        Limits("telegram", ".webm", (512, 512), 256 * 1024, 3.0, 2, 88, least_ms=34, rate=30),
         Limits("line", ".png", (270, 270), 300 * 1024, 4.0, 5, 20, whole_seconds=True, most_loops=4),
         Limits("discord", ".png", (320, 320), 512 * 1024, 5.0, least_frames=2),
         Limits("webp", ".webp"),

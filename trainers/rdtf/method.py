@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from studio.bases.registry import load_base
+from studio.bases.registry import bundled, load_base
 from studio.bases.stable_diffusion import StableDiffusion
 from studio.bases.sticker_video.building import video_around
 from studio.bases.sticker_video.family import StickerVideo
@@ -32,16 +32,30 @@ class Rdtf(Method):
     spatial: Literal["image", "random"] = Field(
         "image", description="Start spatial weights from the image base, or at random."
     )
-    train_text: bool = Field(True, description="Train the text encoder along, which must learn the words of motion.")
+    spatial_rank: int = Field(
+        0, ge=0, description="Rank of a change of the spatial weights, for train: temporal, which keeps them; 0: none."
+    )
+    text: Literal["all", "words", "frozen"] = Field(
+        "all", description="Of the text encoder, train everything, or the words' vectors alone, or nothing."
+    )
     backbone: Literal["sticker_unet", "stock_unet3d"] = Field(
         "sticker_unet", description="Our network, which masks padding, or diffusers' UNet3DConditionModel."
     )
     interaction: Literal["sti", "conv", "none"] = Field(
         "sti", description="Between residual blocks: spatial-temporal interaction, its convolution alone, or nothing."
     )
+    temporal_told: bool = Field(
+        True, description="Tell the layers over time of noise level, frame rate, loop and the text, not frames alone."
+    )
     alpha: bool = Field(True, description="Draw transparency, through the same autoencoder.")
     condition_fill: Literal["blend", "zero"] = Field(
         "blend", description="Between given frames, show the network their blend, or nothing as the paper does."
+    )
+    condition_spread: float = Field(
+        0.0,
+        ge=0,
+        description="How far latents are from the blend of given frames (standard deviation): predictions then start "
+        "from the blend. 0: the network finds it by itself.",
     )
     batches: Literal["bucketed", "padded"] = Field(
         "bucketed", description="Clips of one length in a step, which costs least, or mixed and padded with masks."
@@ -59,7 +73,7 @@ class Rdtf(Method):
 
     def base(self, preset: Preset) -> StickerVideo:
         """A clip base as it is, or one built around an image base. Raises PresetError, BaseError."""
-        loaded: Any = load_base(preset.base)
+        loaded: Any = load_base(preset.base, dtype="fp32")
         if isinstance(loaded, StickerVideo):
             return loaded
         if not isinstance(loaded, StableDiffusion):
@@ -74,17 +88,22 @@ class Rdtf(Method):
         if self.backbone == "sticker_unet":
             options = {"interaction": self.interaction, "max_frames": max(16, preset.data.frames)}
             options |= {"interaction_heads": 4, "interaction_head_dim": 16, "temporal_head_dim": 32}
-        return video_around(
+            options |= {"spatial_rank": self.spatial_rank, "temporal_told": self.temporal_told}
+        base = video_around(
             loaded,
             "sticker-motion",
             preset.seed,
             alpha=self.alpha,
-            words=motions.vocabulary() if self.train_text else (),
+            words=motions.vocabulary() if self.text != "frozen" else (),
             backbone=self.backbone,
             condition_fill=self.condition_fill,
+            condition_spread=self.condition_spread,
             keep_weights=self.spatial == "image",
+            side=preset.data.resolution,
             **options,
         )
+        base.shares_with = preset.base if preset.base in bundled() else ""
+        return base
 
     def task(self, base: StickerVideo, preset: Preset, run: Run) -> ClipTask:
         if preset.data.source not in ("motions", "clips"):

@@ -19,8 +19,11 @@ from studio.base import Request
 from studio.bases.sticker_video import alpha
 from studio.bases.sticker_video.conditioning import ClipCondition
 from studio.bases.sticker_video.family import StickerVideo
+from studio.bases.sticker_video.layers import attend_plainly
+from studio.bases.sticker_video.sharing import save_clip_base
 from studio.data import motions
 from studio.data.clip_pool import ClipPool, EncodedClip, encoded, long_tailed_lengths
+from studio.data.clip_shards import ShardStream, StreamedClip, StreamPool
 from studio.data.clips import Clip, ClipSet, scan_clips
 from studio.errors import PresetError, RequestError
 from studio.files import write_atomically
@@ -49,8 +52,11 @@ class ClipTask(Task):
         if self.side % base.size_multiple:
             raise PresetError(f"data.resolution={self.side} is no multiple of {base.size_multiple}")
         self.curriculum = Curriculum(method.curriculum, max(1, round(method.curriculum_end * preset.steps)))
-        self.modules = [base.pipe.unet, *([base.pipe.text_encoder] if method.train_text else [])]
+        self.modules = [base.pipe.unet, *([base.pipe.text_encoder] if method.text != "frozen" else [])]
+        if base.device.type == "cpu" and preset.mixed_precision == "bf16":
+            attend_plainly(base.pipe.unet)
         self.files: ClipSet | None = None
+        self.stream: ShardStream | None = None
         self.pool = self._pool()
         self._make_trainable()
 
@@ -67,25 +73,37 @@ class ClipTask(Task):
         named: dict[str, nn.Parameter] = {
             f"unet.{name}": value for name, value in unet.named_parameters() if chosen is None or name in chosen
         }
-        if self.method.train_text:
-            text = self.base.pipe.text_encoder.named_parameters()
-            named |= {f"text_encoder.{name}": value for name, value in text}
+        if self.method.text != "frozen":
+            text = self.base.pipe.text_encoder
+            words = text.get_input_embeddings().weight
+            named |= {
+                f"text_encoder.{name}": value
+                for name, value in text.named_parameters()
+                if self.method.text == "all" or value is words
+            }
         return [Group(named)]
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    def _pool(self) -> ClipPool:
+    def _pool(self) -> ClipPool | StreamPool:
         data, seed = self.preset.data, self.preset.seed
         if data.source == "clips":
             if data.path is None:
                 raise PresetError("there is nothing to train on", "give a folder of clips with --data")
             folder = Path(data.path.replace("{assets}", str(assets_dir()))).expanduser()
-            self.files = scan_clips(folder, data.frames, "" if "{" in data.caption else data.caption)
+            caption = "" if "{" in data.caption else data.caption
+            if any(folder.glob("*.tar")):
+                self.stream = ShardStream(folder, data.frames, caption, seed)
+                return StreamPool(self.stream, data.pool, data.refresh, seed, self._from_stream)
+            self.files = scan_clips(folder, data.frames, caption)
             return ClipPool([len(clip.kept) for clip in self.files.clips], self._from_file, 0, seed)
         lengths = long_tailed_lengths(data.pool, data.frames, data.stills, seed)
         return ClipPool(
             lengths, lambda index, version: self._rendered((seed, index, version), lengths[index]), data.refresh, seed
         )
+
+    def _from_stream(self, clip: StreamedClip) -> EncodedClip:
+        return encoded(clip.load(partial(alpha.fitted, size=(self.side, self.side))), clip.caption, self._encode)
 
     def _from_file(self, index: int, version: int) -> EncodedClip:
         assert self.files is not None
@@ -181,6 +199,9 @@ class ClipTask(Task):
         count = self.preset.data.frames
         if self.files is not None:
             return [self._from_file(i, 0) for i in range(min(VALIDATION_CLIPS, len(self.files.clips)))]
+        if self.stream is not None:
+            numbers = range(min(VALIDATION_CLIPS, self.stream.total))
+            return [self._from_stream(self.stream.clip(number)) for number in numbers]
         return [self._rendered(("validation", i), count, held_out=True) for i in range(VALIDATION_CLIPS)]
 
     def validation_loss(self) -> float:
@@ -237,10 +258,15 @@ class ClipTask(Task):
             raise RequestError(f"the checkpoint '{folder}' is damaged ({CURRICULUM}): {error}", "remove it") from None
 
     def _data_section(self) -> str:
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self._data_lines())
+        return f"<h2>Clips</h2><ul>{lines}</ul>"
+
+    def _data_lines(self) -> list[str]:
+        if isinstance(self.pool, StreamPool):
+            return [*self.pool.stream.report(), f"{len(self.pool.used)} clips of the stream were drawn so far"]
         counts = ", ".join(f"{length}: {len(found)}" for length, found in sorted(self.pool.buckets.items()))
         lines = self.files.report() if self.files else [f"{len(self.pool.lengths)} clips by number of frames: {counts}"]
-        lines.append(f"{len(self.pool.used)} of {len(self.pool.lengths)} clips of the pool were drawn so far")
-        return "<h2>Clips</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+        return [*lines, f"{len(self.pool.used)} of {len(self.pool.lengths)} clips of the pool were drawn so far"]
 
 
 def batch_of(
@@ -270,18 +296,6 @@ def _gathered(losses: Tensor, times: Tensor) -> Tensor:
     parts = [torch.empty_like(own, device=device) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, own.to(device))
     return torch.cat(parts).cpu()
-
-
-def save_clip_base(base: StickerVideo, folder: Path) -> None:
-    """Writes the pipeline: UNet and VAE in fp16, the text encoder in fp32, as the image base has them."""
-    for name, part in base.pipe.components.items():
-        if name in ("unet", "vae"):
-            own = {key: value.clone() for key, value in part.state_dict().items()}
-            part.half().save_pretrained(folder / name)
-            part.float().load_state_dict(own)
-        elif part is not None and hasattr(part, "save_pretrained"):
-            part.save_pretrained(folder / name)
-    base.pipe.save_config(folder)
 
 
 def _save_webp(clip: Clip, path: Path) -> None:

@@ -177,10 +177,10 @@ def load_preset(name: str, preset: str) -> list[Any]:
 
 
 def choose_method(preset: str, kind: str) -> list[Any]:
-    """Shows a method's own settings; its learning rate, too, is its own."""
+    """Shows a method's own settings, and the learning rate that the preset has for it."""
     content = settings.presets()[preset]
     same = content["method"]["kind"] == kind
-    rate = content["learning_rate"] if same else None
+    rate = content["learning_rate"] if same else content["learning_rates"].get(kind)
     return [f"{rate:g}" if rate else "", *_groups(kind)]
 
 
@@ -364,6 +364,8 @@ def _wire_form(
     cards.click(choose_preset, draft, [preset, cards, shown, ahead, *widgets, *groups.values()], **quiet)
     kind, rate = widgets[at("kind")], widgets[at("learning_rate")]
     kind.input(choose_method, [preset, kind], [rate, *groups.values()], **quiet)
+    base = widgets[at("base")]
+    base.input(settings.values_for_base, [preset, base], widgets, **quiet)
     typed = [w.blur for w in [title, *widgets] if isinstance(w, gr.Textbox)]
     picked = [w.input for w in widgets if not isinstance(w, gr.Textbox)]
     gr.on([*typed, *picked], save_form, [draft, preset, title, *widgets], ahead, **quiet)

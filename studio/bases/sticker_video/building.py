@@ -27,24 +27,28 @@ def video_around(
     words: Sequence[str] = (),
     backbone: Backbone = "sticker_unet",
     condition_fill: str = "blend",
+    condition_spread: float = 0.0,
     keep_weights: bool = True,
+    side: int | None = None,
     **options: Any,
 ) -> StickerVideo:
     """A clip base around an image base, which it takes over: the same VAE, text encoder and spatial weights.
 
-    `words` are added to the vocabulary. `keep_weights=False` leaves the UNet random; `options` are those of
-    StickerUNet. The temporal layers add nothing yet, so each frame is drawn as the image base draws it.
+    `words` are added to the vocabulary. `keep_weights=False` leaves the UNet random; `side` is the pixels of a frame,
+    by default as the image base's; `options` are those of StickerUNet. The temporal layers add nothing yet, so each
+    frame is drawn as the image base draws it.
     """
     from studio.bases.sticker_video.network import StickerUNet
     from studio.bases.sticker_video.pipeline import StickerVideoPipeline
 
     old = image.pipe.unet
     latent = image.pipe.vae.config.latent_channels * (2 if alpha else 1)
+    size = side // image.latent_factor if side else old.config.sample_size
     with fixed_seed(seed):
         if backbone == "stock_unet3d":
-            unet = stock_unet(old.config, 2 * latent + 1, latent)
+            unet = stock_unet({**old.config, "sample_size": size}, 2 * latent + 1, latent)
         else:
-            unet = StickerUNet.around(old, 2 * latent + 1, latent, **options)
+            unet = StickerUNet.around(old, 2 * latent + 1, latent, size, **options)
             if not keep_weights:
                 unet.take_image(_random_like(old).state_dict())
         tokenizer, text_encoder = with_words(image.pipe.tokenizer, image.pipe.text_encoder, words)
@@ -55,6 +59,7 @@ def video_around(
         unet=unet,
         scheduler=image.pipe.scheduler,
         condition_fill=condition_fill,
+        condition_spread=condition_spread,
     )
     return StickerVideo.at_rest(name, pipe, image.licence)
 

@@ -83,16 +83,60 @@ def _across(mask: Tensor, like: Tensor) -> Tensor:
     return mask[:, None, :, None, None].expand(-1, 1, -1, *like.shape[-2:])
 
 
-def predicted(unet: Any, noisy: Tensor, time: Tensor, text: Tensor, condition: ClipCondition, fill: Fill) -> Tensor:
+@dataclass(frozen=True)
+class Anchor:
+    """Where the prediction starts for a clip with given frames: at what these say, and not at nothing.
+
+    `spread` is the standard deviation d of a latent about the blend g of the given frames. Then the best guess of x_0
+    from x_t = a x_0 + s e and g alone is (s^2 g + d^2 a x_t) / (s^2 + d^2 a^2), and its error has the standard
+    deviation d s / sqrt(s^2 + d^2 a^2): the network is left to predict that error in units of its deviation, as EDM's
+    preconditioning has it (Karras et al. 2022, section 5). Clips with nothing given are left to the network alone.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+    spread: float
+
+    def joined(self, output: Tensor, noisy: Tensor, time: Tensor, blend: Tensor, told: Tensor) -> Tensor:
+        """The prediction (B, Z, F, h, w) from the network's `output`; `told` (B,) clips with given frames."""
+        squared = self.alphas_cumprod.to(noisy.device, torch.float32)[time.long().to(noisy.device)]
+        a, s = (value.view(-1, 1, 1, 1, 1).to(noisy) for value in (squared.sqrt(), (1 - squared).sqrt()))
+        d = self.spread
+        variance = s**2 + d**2 * a**2
+        guess: dict[str, tuple[Tensor, Tensor]] = {
+            "sample": ((s**2 * blend + d**2 * a * noisy) / variance, d * s / variance.sqrt()),
+            "epsilon": (s * (noisy - a * blend) / variance, d * a / variance.sqrt()),
+            "v_prediction": (s * (a * (1 - d**2) * noisy - blend) / variance, d / variance.sqrt()),
+        }
+        known, scale = guess[self.prediction_type]
+        return torch.where(told.view(-1, 1, 1, 1, 1), known + scale * output, output)
+
+
+def predicted(
+    unet: Any,
+    noisy: Tensor,
+    time: Tensor,
+    text: Tensor,
+    condition: ClipCondition,
+    fill: Fill,
+    anchor: Anchor | None = None,
+) -> Tensor:
     """What the network predicts for noisy latents (B, Z, F, h, w): our own network, or a stock one without masks.
 
     Raises ValueError for padded frames in a network that cannot tell them.
     """
     x = network_input(noisy, condition, fill)
     if getattr(unet, "masks_frames", False):
-        return unet(
+        output = unet(
             x, time, encoder_hidden_states=text, valid=condition.valid, fps=condition.fps, loop=condition.loop
         ).sample
-    if not bool(condition.valid.all()):
+    elif not bool(condition.valid.all()):
         raise ValueError(f"{type(unet).__name__} takes no padded clips; give clips of one length")
-    return unet(x, time, encoder_hidden_states=text).sample
+    else:
+        output = unet(x, time, encoder_hidden_states=text).sample
+    if anchor is None:
+        return output
+    known = condition.is_given & condition.valid
+    blend = blended(condition.given.to(noisy).masked_fill(~_across(known, noisy), 0), known, condition.valid)
+    clean = noisy.masked_fill(~_across(condition.valid, noisy), 0)
+    return anchor.joined(output, clean, time, blend, known.any(1))

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from studio.base import Condition, Request
-from studio.bases.folder import refuse_random_parts
+from studio.bases.folder import refuse_random_parts, shared_in
 from studio.bases.latent_diffusion import ATTENTION, LatentDiffusion
 from studio.data.clips import Clip
-from studio.errors import RequestError
+from studio.errors import BaseError, RequestError
 
 SPATIAL = "unet.image.*"
 
 
 class StickerVideo(LatentDiffusion):
     """`encode_pictures` is that of stills in colour; clips with alpha go through `encode_clips`."""
+
+    shares_with = ""  # the bundled image base whose weights are not written again where they are still the same
 
     family = "sticker_video"
     medium = "video"
@@ -43,12 +45,18 @@ class StickerVideo(LatentDiffusion):
         cls, folder: Path, name: str, dtype: torch.dtype, licence: str = "", variant: str | None = None
     ) -> Self:
         from studio.bases.sticker_video.pipeline import StickerVideoPipeline
+        from studio.bases.sticker_video.sharing import load_shared_parts
 
+        lender = shared_in(folder)["base"]
+        shared = load_shared_parts(folder, _bundled(lender, folder), dtype) if lender else {}
         pipe = StickerVideoPipeline.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant, **shared
         )
-        refuse_random_parts(folder, {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)})
-        return cls.at_rest(name, pipe, licence)
+        read = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module) and k not in shared}
+        refuse_random_parts(folder, read)
+        base = cls.at_rest(name, pipe, licence)
+        base.shares_with = lender
+        return base
 
     @classmethod
     def tiny(cls, seed: int = 0) -> StickerVideo:
@@ -99,6 +107,7 @@ class StickerVideo(LatentDiffusion):
             condition["text"].to(self.device, dtype),
             clip_condition(condition, noisy, self.device),
             self.pipe.config.condition_fill,
+            self.pipe.anchor,
         )
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -109,7 +118,7 @@ class StickerVideo(LatentDiffusion):
         options: dict[str, Any] = {}
         wanted = {
             "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
+            "guidance_scale": self.guidance if request.guidance is None else request.guidance,
             "image_guidance_scale": request.image_guidance,
             "height": request.height,
             "width": request.width,
@@ -129,6 +138,18 @@ class StickerVideo(LatentDiffusion):
         ).frames
         fps = request.fps or 8.0
         return [Clip.at_rate(frames, fps, request.loop) for frames in clips]
+
+
+def _bundled(lender: str, folder: Path) -> Path:
+    from studio.bases.registry import bundled
+
+    found = bundled().get(lender)
+    if found is None:
+        raise BaseError(
+            f"'{folder}' shares weights with the base '{lender}', which is not bundled here",
+            f"bundled are {', '.join(bundled())}; get an export of the whole base",
+        )
+    return found
 
 
 def clip_condition(condition: Condition, noisy: Tensor, device: torch.device) -> Any:

@@ -4,6 +4,7 @@ After RDTF's DFGN (arXiv 2503.17735): after each residual block a spatial-tempor
 cross-attention a temporal transformer. The spatial part *is* a `UNet2DConditionModel`, under the name `image`, so it
 can be taken from an image base and shared with it; layers over time add nothing at the start, so the clip network
 begins as its image network, frame by frame. Padded frames may hold anything, NaN too, and change nothing.
+Spatial weights that stay those of the image base can still be changed by little, by factors of a low rank.
 
 Legend: B clips, F frames, C latent channels, H and W latent height and width.
 """
@@ -21,7 +22,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
 from torch import Tensor, nn
 
-from studio.bases.sticker_video.layers import Frames, MaskedTemporalAttention, SpatialTemporalInteraction, zeroed
+from studio.bases.sticker_video.layers import (
+    Frames,
+    LowRankChange,
+    MaskedTemporalAttention,
+    SpatialTemporalInteraction,
+    TextSummary,
+    zeroed,
+)
 
 ENDS = ("conv_in", "conv_out")  # the layers of the image network that have more channels here
 
@@ -31,6 +39,8 @@ class StickerUNet(ModelMixin, ConfigMixin):
 
     `interaction` is "sti", "conv" (its detail branch alone) or "none". With `depthwise`, its convolutions see one
     channel each, which is what keeps the paper's network at 0.96 billion parameters. `max_frames` bounds F.
+    `spatial_rank` is the rank of what is added to each linear layer and convolution of the image network; 0: nothing.
+    With `temporal_told` the temporal transformers are told time, rate, loop and a summary of the text themselves.
     """
 
     _supports_gradient_checkpointing = True
@@ -48,11 +58,15 @@ class StickerUNet(ModelMixin, ConfigMixin):
         interaction_head_dim: int = 32,
         temporal_head_dim: int = 64,
         temporal_in: bool = False,
+        spatial_rank: int = 0,
+        temporal_told: bool = False,
     ) -> None:
         super().__init__()
         self.image: Any = UNet2DConditionModel.from_config(dict(image_config))
         self.gradient_checkpointing = False
         widths, groups = self.image.config.block_out_channels, self.image.config.norm_num_groups
+        embedded = self.image.time_embedding.linear_2.out_features
+        told_dim = embedded if temporal_told else 0
 
         def over_time(block: Any, channels: int) -> nn.ModuleList:
             """For each residual block of an image block, what follows it over time."""
@@ -66,7 +80,9 @@ class StickerUNet(ModelMixin, ConfigMixin):
                         channels, interaction_heads, interaction_head_dim, groups, depthwise, interaction == "sti"
                     )
                 if index < attends:
-                    parts["temporal"] = MaskedTemporalAttention(channels, heads, channels // heads, groups, max_frames)
+                    parts["temporal"] = MaskedTemporalAttention(
+                        channels, heads, channels // heads, groups, max_frames, told_dim
+                    )
                 layers.append(nn.ModuleDict(parts))
             return nn.ModuleList(layers)
 
@@ -76,20 +92,33 @@ class StickerUNet(ModelMixin, ConfigMixin):
         self.down_time = nn.ModuleList(over_time(b, w) for b, w in zip(self.image.down_blocks, widths))
         self.mid_time = over_time(self.image.mid_block, widths[-1])
         self.up_time = nn.ModuleList(over_time(b, w) for b, w in zip(self.image.up_blocks, reversed(widths)))
-        embedded = self.image.time_embedding.linear_2.out_features
         self.fps_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.fps_embedding = TimestepEmbedding(widths[0], embedded)
         zeroed(self.fps_embedding.linear_2)
         self.loop_embedding = nn.Embedding(2, embedded)
         nn.init.zeros_(self.loop_embedding.weight)
+        self.text_summary = TextSummary(self.image.config.cross_attention_dim, embedded) if temporal_told else None
+        self.spatial_change = nn.ModuleDict()
+        if spatial_rank:
+            self._change_spatial(spatial_rank)
+
+    def _change_spatial(self, rank: int) -> None:
+        for name, layer in self.image.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ENDS:
+                change = LowRankChange(layer, rank)
+                self.spatial_change[name.replace(".", "-")] = change
+                layer.register_forward_hook(change.added)
 
     # -- from an image network -----------------------------------------------------------------------------------
 
     @classmethod
-    def around(cls, image: Any, in_channels: int, out_channels: int, **options: Any) -> StickerUNet:
+    def around(
+        cls, image: Any, in_channels: int, out_channels: int, sample_size: int | None = None, **options: Any
+    ) -> StickerUNet:
         """The clip network that starts as this image network: the same values, and zeros in the new channels."""
         config = {key: value for key, value in dict(image.config).items() if not key.startswith("_")}
         config |= {"in_channels": in_channels, "out_channels": out_channels}
+        config |= {"sample_size": sample_size or image.config.sample_size}
         network = cls(config, **options)
         network.take_image(image.state_dict())
         return network
@@ -126,7 +155,9 @@ class StickerUNet(ModelMixin, ConfigMixin):
         batch, _, count = sample.shape[:3]
         frames = Frames.of(valid, count, loop)
         hidden = frames.without_padding(sample.transpose(1, 2).flatten(0, 1))
-        embedding = self._embedding(timestep, batch, hidden, fps, loop).repeat_interleave(count, 0)
+        embedding = self._embedding(timestep, batch, hidden, fps, loop)
+        told = None if self.text_summary is None else embedding + self.text_summary(encoder_hidden_states)
+        embedding = embedding.repeat_interleave(count, 0)
         text = encoder_hidden_states.repeat_interleave(count, 0)
 
         image = self.image
@@ -136,7 +167,9 @@ class StickerUNet(ModelMixin, ConfigMixin):
         skips = [hidden]
         for block, times in zip(image.down_blocks, self.down_time):
             for index, resnet in enumerate(block.resnets):
-                hidden = self._unit(resnet, _attention(block, index), times[index], hidden, embedding, text, frames)
+                hidden = self._unit(
+                    resnet, _attention(block, index), times[index], hidden, embedding, text, frames, told
+                )
                 skips.append(hidden)
             for sampler in block.downsamplers or ():
                 hidden = sampler(hidden)
@@ -145,12 +178,14 @@ class StickerUNet(ModelMixin, ConfigMixin):
         middle = image.mid_block
         for index, resnet in enumerate(middle.resnets):
             attention = _attention(middle, index)
-            hidden = self._unit(resnet, attention, self.mid_time[index], hidden, embedding, text, frames)
+            hidden = self._unit(resnet, attention, self.mid_time[index], hidden, embedding, text, frames, told)
 
         for block, times in zip(image.up_blocks, self.up_time):
             for index, resnet in enumerate(block.resnets):
                 hidden = torch.cat([hidden, skips.pop()], 1)
-                hidden = self._unit(resnet, _attention(block, index), times[index], hidden, embedding, text, frames)
+                hidden = self._unit(
+                    resnet, _attention(block, index), times[index], hidden, embedding, text, frames, told
+                )
             for sampler in block.upsamplers or ():
                 hidden = sampler(hidden, skips[-1].shape[-2:])
 
@@ -177,6 +212,7 @@ class StickerUNet(ModelMixin, ConfigMixin):
         embedding: Tensor,
         text: Tensor,
         frames: Frames,
+        told: Tensor | None,
     ) -> Tensor:
         """Residual block, interaction, spatial attention, temporal attention; each where it is there."""
 
@@ -187,7 +223,7 @@ class StickerUNet(ModelMixin, ConfigMixin):
             if attention is not None:
                 hidden = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
             if frames.count > 1 and "temporal" in times:
-                hidden = times["temporal"](hidden, frames)
+                hidden = times["temporal"](hidden, frames, told)
             return hidden
 
         return self._run(through, hidden, embedding, text)

@@ -10,8 +10,12 @@ F frames, Z latent channels (colour, then alpha where the network has it), h and
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +24,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from studio.bases.sticker_video import alpha
-from studio.bases.sticker_video.conditioning import ClipCondition, predicted
+from studio.bases.sticker_video.alpha import fitted, join, split, to_pictures, to_tensor
+from studio.bases.sticker_video.conditioning import Anchor, ClipCondition, predicted
 from studio.bases.sticker_video.network import StickerUNet  # noqa: F401  diffusers loads only what is imported
 from studio.errors import RequestError
 
@@ -34,7 +38,9 @@ class StickerVideoOutput(BaseOutput):
 
 
 class StickerVideoPipeline(DiffusionPipeline):
-    """`ground` in [0, 1] is the grey that colours stand on; `condition_fill` is told in conditioning.py."""
+    """`ground` in [0, 1] is the grey that colours stand on; `condition_fill` and `condition_spread` (0 for no anchor)
+    are told in conditioning.py.
+    """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _callback_tensor_inputs = ("latents",)
@@ -48,10 +54,24 @@ class StickerVideoPipeline(DiffusionPipeline):
         scheduler: Any,
         ground: float = 1.0,
         condition_fill: str = "blend",
+        condition_spread: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.register_to_config(ground=ground, condition_fill=condition_fill)
+        self.register_to_config(ground=ground, condition_fill=condition_fill, condition_spread=condition_spread)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], *arguments: Any, **options: Any) -> Any:
+        """As every pipeline; where this code came along with the weights (standalone.py), it goes along with them."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        if not type(self).__module__.startswith("diffusers_modules"):
+            return
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        for cls, place in ((type(self), folder), (type(self.unet), folder / "unet")):
+            source = Path(inspect.getfile(cls))
+            shutil.copyfile(source, place / source.name)
+            index["_class_name" if cls is type(self) else "unet"] = [source.stem, cls.__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -73,12 +93,20 @@ class StickerVideoPipeline(DiffusionPipeline):
         config = self.unet.config
         return int(config.get("sample_size") or config["image_config"]["sample_size"]) * self.vae_scale_factor
 
+    @property
+    def anchor(self) -> Anchor | None:
+        """How predictions start from given frames; None if the network was trained to do it alone."""
+        if not self.config.condition_spread:
+            return None
+        scheduler = self.scheduler
+        return Anchor(scheduler.alphas_cumprod, scheduler.config.prediction_type, self.config.condition_spread)
+
     # -- latents -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_rgba(self, rgba: Tensor) -> Tensor:
         """Latents (N, Z, h, w) of RGBA pictures (N, 4, H, W) in [0, 1]. Deterministic."""
-        parts = alpha.split(rgba, self.config.ground)
+        parts = split(rgba, self.config.ground)
         if not self.has_alpha:
             return self._encode(parts[0])
         return torch.cat([self._encode(part) for part in parts], 1)
@@ -93,7 +121,7 @@ class StickerVideoPipeline(DiffusionPipeline):
         width = self.vae.config.latent_channels
         colour = self._decode(latents[:, :width])
         grey = self._decode(latents[:, width:]) if self.has_alpha else torch.ones_like(colour)
-        return alpha.join(colour.float(), grey.float(), self.config.ground)
+        return join(colour.float(), grey.float(), self.config.ground)
 
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
@@ -142,7 +170,7 @@ class StickerVideoPipeline(DiffusionPipeline):
         height, width = height or self.default_side, width or self.default_side
         self._check(given, num_frames, fps, height, width, loop)
         device, batch = self._execution_device, len(prompts)
-        pictures = {index: alpha.fitted(picture, (width, height)) for index, picture in given.items()}
+        pictures = {index: fitted(picture, (width, height)) for index, picture in given.items()}
         condition = self._condition(pictures, num_frames, fps, loop, (height, width), batch, device)
         noise = self._noise(batch, num_frames, (height, width), generator, device, latents)
         text = self.encode_text(prompts)
@@ -195,8 +223,8 @@ class StickerVideoPipeline(DiffusionPipeline):
         if told and image_scale != 1:
             rows.append((unguided, condition.without_pictures()))
         time = moment.reshape(1).expand(len(x))
-        fill = self.config.condition_fill
-        outs = [predicted(self.unet, x.to(self.unet.dtype), time, t.to(self.unet.dtype), c, fill) for t, c in rows]
+        how, dtype = (self.config.condition_fill, self.anchor), self.unet.dtype
+        outs = [predicted(self.unet, x.to(dtype), time, t.to(dtype), c, *how) for t, c in rows]
         if len(outs) == 1:
             return outs[0]
         guided = outs[1] + text_scale * (outs[0] - outs[1])
@@ -241,7 +269,7 @@ class StickerVideoPipeline(DiffusionPipeline):
         given = torch.zeros(1, self.latent_channels, count, *latent, device=device, dtype=self.unet.dtype)
         known = torch.zeros(1, count, dtype=torch.bool, device=device)
         if pictures:
-            encoded = self.encode_rgba(alpha.to_tensor(list(pictures.values()))).to(given)
+            encoded = self.encode_rgba(to_tensor(list(pictures.values()))).to(given)
             given[0][:, list(pictures)] = encoded.transpose(0, 1)
             known[0, list(pictures)] = True
         one = ClipCondition(
@@ -271,7 +299,7 @@ class StickerVideoPipeline(DiffusionPipeline):
         return torch.stack(noise).transpose(1, 2).to(device, self.unet.dtype)
 
     def _pictures(self, latents: Tensor, given: Mapping[int, Image.Image]) -> list[list[Image.Image]]:
-        clips = [alpha.to_pictures(self.decode_rgba(clip.transpose(0, 1))) for clip in latents]
+        clips = [to_pictures(self.decode_rgba(clip.transpose(0, 1))) for clip in latents]
         return [[given.get(index, frame) for index, frame in enumerate(clip)] for clip in clips]
 
 

@@ -1,0 +1,54 @@
+"""Pieces kept ready for a training, as waves or as codes, a few of them renewed at each step.
+
+What a pool holds at a step is a function of (seed, step) alone, so a resumed run finds it as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from studio.keyed import numpy_generator
+
+CHUNK = 16  # pieces encoded at a time
+
+
+class MelodyPool:
+    """`size` rows with their captions, of which `refresh` are drawn anew at each step, in turn.
+
+    `draw` gives the wave (1, T) and the caption of a key, `encode` turns waves (B, 1, T) into the rows that are kept.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[tuple[object, ...]], tuple[Tensor, str]],
+        encode: Callable[[Tensor], Tensor],
+        size: int,
+        refresh: int,
+        seed: int,
+    ) -> None:
+        self.draw, self.encode = draw, encode
+        self.size, self.refresh, self.seed = size, refresh, seed
+        self.versions = [-1] * size
+        self.captions = [""] * size
+        self.rows: list[Tensor] = [torch.empty(0)] * size
+
+    def batch(self, step: int, micro: int, slots: range) -> tuple[Tensor, list[str]]:
+        """Rows (B, ...) and captions of the samples in these slots of a step."""
+        self.bring_to(step)
+        chosen = [int(numpy_generator("pool slot", self.seed, step, micro, slot).integers(self.size)) for slot in slots]
+        return torch.stack([self.rows[i] for i in chosen]), [self.captions[i] for i in chosen]
+
+    def bring_to(self, step: int) -> None:
+        """Renews what is not as it must be at this step."""
+        drawn = step * self.refresh  # draws so far, beyond the first filling
+        wanted = [(drawn - 1 - i) // self.size + 1 if drawn > i else 0 for i in range(self.size)]
+        stale = [i for i in range(self.size) if self.versions[i] != wanted[i]]
+        for start in range(0, len(stale), CHUNK):
+            part = stale[start : start + CHUNK]
+            pairs = [self.draw((self.seed, i, wanted[i])) for i in part]
+            rows = self.encode(torch.stack([wave for wave, _ in pairs])).cpu()
+            for i, row, (_, caption) in zip(part, rows, pairs, strict=True):
+                self.rows[i], self.captions[i], self.versions[i] = row, caption, wanted[i]

@@ -1,0 +1,46 @@
+"""The data source `melodies`: pieces drawn by a key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from studio.data.melodies.composing import Score, compose
+from studio.data.melodies.fields import Fields, caption_of, draw_fields
+from studio.data.melodies.playing import play
+from studio.keyed import numpy_generator
+
+
+@dataclass(frozen=True)
+class Melody:
+    """A wave (1, T), fp32, its caption, and the score behind it."""
+
+    wave: Tensor
+    caption: str
+    score: Score
+
+
+def draw_melody(
+    key: tuple[object, ...],
+    seconds: float,
+    rate_hz: int,
+    traditions: Sequence[str],
+    *,
+    held_out: bool = False,
+    stem: bool = False,
+    intonation: str = "theory",
+    fields: Fields | None = None,
+) -> Melody:
+    """The piece of a key, of one of the traditions or, where they are given, with these fields.
+
+    The same key gives the same line with and without `stem`, which leaves drone and drum out.
+    """
+    rng = numpy_generator("melody", *key)
+    fields = fields or draw_fields(rng, traditions, held_out)
+    caption = caption_of(fields, rng)
+    score = compose(fields, rng, seconds, intonation)
+    wave = torch.from_numpy(play(score, rng, rate_hz, stem))[None]
+    return Melody(wave, caption, score)

@@ -1,0 +1,267 @@
+"""How good a MusicGen of the melody world is: its codec on lines alone, and its music against what was asked for.
+
+Codec: held-out combinations of instrument and mode, the line alone, tracked before and after. Prompts: generated pieces
+against the fields of their prompts; beside them true renderings of the same prompts (what the measures can see at all)
+and chance (each piece against the prompts of all others).
+
+    python -m studio.evaluate.melody_card runs/codec/base --out card/ --prompts 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from studio.base import Request
+from studio.bases.musicgen import MusicGen
+from studio.data.melodies.cycles import TEMPI
+from studio.data.melodies.fields import Fields, caption_of, draw_fields
+from studio.data.melodies.modes import MODES, TRADITIONS
+from studio.data.melodies.source import draw_melody
+from studio.data.sounds import Sound, save_sound
+from studio.errors import DataError, StudioError
+from studio.evaluate.beats import estimate_tempo, onset_envelope
+from studio.evaluate.pitch import compare_pitch, track_pitch
+from studio.evaluate.scales import in_scale_share, likeliest
+from studio.evaluate.timbre import TimbreJudge, timbre_features
+from studio.files import write_atomically
+from studio.keyed import numpy_generator
+
+Progress = Callable[[int, int], None]
+
+CODEC_SECONDS = 4.0
+JUDGE_PIECES = 168
+TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
+
+
+# -- the codec -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_codec(base: MusicGen, pieces: int = 24, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Figures by tradition and over all, means over pieces; of each codebook the codes used and their perplexity."""
+    codes_seen: list[torch.Tensor] = []
+    rows: dict[str, list[dict[str, float]]] = {tradition: [] for tradition in TRADITIONS}
+    for number in range(pieces):
+        tradition = TRADITIONS[number % len(TRADITIONS)]
+        key = ("melody card", number)
+        piece = draw_melody(key, CODEC_SECONDS, base.sample_rate_hz, (tradition,), held_out=True, stem=True)
+        codes = base.encode_sounds(piece.wave[None])
+        heard = base.decode_sounds(codes)[0, 0].cpu().numpy()
+        truth = track_pitch(piece.wave[0].numpy(), base.sample_rate_hz)
+        rows[tradition].append(compare_pitch(track_pitch(heard, base.sample_rate_hz), truth))
+        codes_seen.append(codes[0])
+        if on_progress:
+            on_progress(number + 1, pieces)
+    everything = [row for part in rows.values() for row in part]
+    figures = {name: _means(part) for name, part in {**rows, "all": everything}.items() if part}
+    return {"pieces": pieces, **figures, "codebooks": _usage(torch.cat(codes_seen, 1))}
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over pieces; a median is taken of medians, since one lost piece would rule a mean."""
+    return {
+        name: round(float((np.nanmedian if name == "median_cents" else np.nanmean)([row[name] for row in rows])), 4)
+        for name in rows[0]
+    }
+
+
+def _usage(codes: torch.Tensor) -> list[dict[str, float]]:
+    """How many codes of each book occur in codes (K, F), and e to the entropy of their shares."""
+    found = []
+    for book in codes:
+        shares = torch.bincount(book).double() / len(book)
+        shares = shares[shares > 0]
+        found.append({"used": len(shares), "perplexity": round(float(torch.exp(-(shares * shares.log()).sum())), 1)})
+    return found
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the measures make of one sound: cents above A4, beats a minute, and the instrument's name."""
+
+    cents: NDArray[np.float64]
+    tempo: float
+    instrument: str
+
+
+def fit_judge(rate_hz: int, seconds: float, pieces: int = JUDGE_PIECES) -> tuple[TimbreJudge, float]:
+    """A judge of instruments, and the share of other renderings that it is right about."""
+    drawn = [draw_melody(("timbre", i), seconds, rate_hz, TRADITIONS) for i in range(pieces)]
+    features = np.stack([timbre_features(piece.wave[0].numpy(), rate_hz) for piece in drawn])
+    names = [piece.score.fields.instrument for piece in drawn]
+    split = pieces * 3 // 4
+    judge = TimbreJudge.fitted(features[:split], names[:split])
+    right = [judge.name(row) == name for row, name in zip(features[split:], names[split:], strict=True)]
+    return judge, float(np.mean(right))
+
+
+def listen(wave: NDArray[np.floating], rate_hz: int, judge: TimbreJudge) -> Heard:
+    tempo = estimate_tempo(onset_envelope(wave, rate_hz))
+    return Heard(track_pitch(wave, rate_hz).cents(440.0), tempo, judge.name(timbre_features(wave, rate_hz)))
+
+
+def marks(heard: Heard, fields: Fields) -> dict[str, float]:
+    """How a sound does against fields, each in [0, 1] or NaN.
+
+    `in_scale` is for keys, which say where the tonic is; `mode` says whether the mode is the likeliest of its tradition
+    (with the tonic unknown, but for western music); `tempo` whether the tempo is what the word means, up to octaves.
+    """
+    modes = MODES[fields.tradition]
+    known = bool(fields.key)
+    cents = heard.cents - _key_cents(fields) if known else heard.cents
+    scales = {name: mode.degrees for name, mode in modes.items()}
+    return {
+        "in_scale": in_scale_share(cents, modes[fields.mode].degrees) if known else float("nan"),
+        "mode": float(len(cents) > 0 and likeliest(cents, scales, tonic_known=known) == fields.mode),
+        "tempo": float(_tempo_fits(heard.tempo, fields)),
+        "instrument": float(heard.instrument == fields.instrument),
+    }
+
+
+def _key_cents(fields: Fields) -> float:
+    from studio.data.melodies.fields import KEYS
+
+    return 100.0 * (KEYS.index(fields.key) - 9)
+
+
+def _tempo_fits(tempo: float, fields: Fields) -> bool:
+    low, high = TEMPI[fields.tradition][fields.tempo]
+    return any(low / TEMPO_SLACK <= tempo * octave <= high * TEMPO_SLACK for octave in (0.5, 1, 2))
+
+
+def measure_prompts(
+    base: MusicGen,
+    count: int,
+    seconds: float,
+    seed: int = 0,
+    out: Path | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Marks of generated pieces, of true renderings, and by chance; half of the prompts are held-out combinations."""
+    judge, judged = fit_judge(base.sample_rate_hz, seconds)
+    asked, played, rendered = [], [], []
+    for number in range(count):
+        rng = numpy_generator("melody prompt", seed, number)
+        fields = draw_fields(rng, (TRADITIONS[number % len(TRADITIONS)],), held_out=number % 2 == 1)
+        prompt = caption_of(fields, rng)
+        sound = base.generate(Request([prompt], [number], seconds=seconds))[0]
+        if out is not None:
+            save_sound(sound, out / f"{number:03d}.wav", {"prompt": prompt, "seed": number})
+        truth = draw_melody(("rendered", seed, number), seconds, base.sample_rate_hz, TRADITIONS, fields=fields)
+        asked.append(fields)
+        played.append(listen(sound.wave.mean(0).numpy(), base.sample_rate_hz, judge))
+        rendered.append(listen(truth.wave[0].numpy(), base.sample_rate_hz, judge))
+        if on_progress:
+            on_progress(number + 1, count)
+    others = [
+        marks(played[i], asked[j]) for a, b in combinations(range(count), 2) for i, j in ((a, b), (b, a))
+        if asked[i].tradition == asked[j].tradition
+    ]  # fmt: skip
+    rows = {
+        "generated": [marks(h, f) for h, f in zip(played, asked, strict=True)],
+        "rendered": [marks(h, f) for h, f in zip(rendered, asked, strict=True)],
+        "chance": others,
+    }
+    return {
+        "prompts": count,
+        "seconds": seconds,
+        "seed": seed,
+        "instrument_judge_right": round(judged, 3),
+        **{name: _average(part) for name, part in rows.items() if part},
+    }
+
+
+def _average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    found = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if not np.isnan(row[name])]
+        if values:
+            found[name] = round(float(np.mean(values)), 3)
+    return found
+
+
+# -- as a program ----------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures a base and writes card.json and example sounds. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m studio.evaluate.melody_card", description=__doc__.split("\n")[0])
+    parser.add_argument("base", metavar="FOLDER", help="folder of a MusicGen, or the name of a bundled base")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where card.json and sounds go")
+    parser.add_argument("--pieces", type=int, default=24, help="pieces sent through the codec (default 24)")
+    parser.add_argument(
+        "--prompts", type=int, default=24, help="prompts played (default 24; 0 measures the codec alone)"
+    )
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of what is played (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
+    options = parser.parse_args(arguments)
+    from studio.terminal import print_error
+
+    try:
+        _measure(options)
+    except StudioError as error:
+        print_error(error)
+        return error.exit_code
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from studio.bases.registry import load_base
+    from studio.terminal import CountProgress, print_table, say
+
+    base = load_base(options.base, dtype="fp32")
+    if not isinstance(base, MusicGen):
+        raise DataError(f"'{options.base}' makes no music", "the card is for a MusicGen of the melody world")
+    with CountProgress("codec", options.pieces) as progress:
+        codec = measure_codec(base, options.pieces, lambda done, total: progress.show(done))
+    card: dict[str, Any] = {"codec": codec}
+    _save_examples(base, options.out)
+    names = [name for name in (*TRADITIONS, "all") if name in codec]
+    print_table(("lines", *codec["all"]), [(name, *map(str, codec[name].values())) for name in names])
+    books = [(str(k), str(book["used"]), str(book["perplexity"])) for k, book in enumerate(codec["codebooks"])]
+    print_table(("codebook", "codes used", "perplexity"), books)
+    if options.prompts:
+        with CountProgress("prompts", options.prompts) as progress:
+            found = measure_prompts(
+                base,
+                options.prompts,
+                options.seconds,
+                options.seed,
+                options.out,
+                lambda done, total: progress.show(done),
+            )
+        card["prompts"] = found
+        kinds = [kind for kind in ("generated", "rendered", "chance") if kind in found]
+        rows = [(mark, *(f"{found[kind].get(mark, float('nan')):.1%}" for kind in kinds)) for mark in found[kinds[0]]]
+        print_table(("asked for", *kinds), rows)
+    write_atomically(options.out / "card.json", json.dumps(card, indent=1) + "\n")
+    say(f"written to {options.out}")
+
+
+@torch.no_grad()
+def _save_examples(base: MusicGen, folder: Path) -> None:
+    """A held-out piece of each tradition as it is, then through the codec."""
+    for tradition in TRADITIONS:
+        piece = draw_melody(("example", tradition), 6.0, base.sample_rate_hz, (tradition,), held_out=True)
+        heard = base.decode_sounds(base.encode_sounds(piece.wave[None]))[0].cpu()
+        pause = torch.zeros(1, base.sample_rate_hz // 2)
+        both = Sound(torch.cat([piece.wave, pause, heard], 1), base.sample_rate_hz)
+        save_sound(both, folder / f"codec-{tradition}.wav", {"caption": piece.caption})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

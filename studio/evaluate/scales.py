@@ -1,0 +1,51 @@
+"""How well a line keeps to a scale, and which scale it keeps to best. Cents are above the tonic; F frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from studio.data.melodies.modes import OCTAVE
+
+Array = NDArray[np.float64]
+
+TOLERANCE = 30.0  # cents
+SPREAD = 18.0  # cents, of a degree as it is played
+FLOOR = 0.1  # share of frames that may be anywhere: glides, ornaments, errors
+ROTATION = 10.0  # cents between the tonics that are tried where none is known
+
+
+def in_scale_share(cents: Array, degrees: Sequence[float], tolerance: float = TOLERANCE) -> float:
+    """The share of frames (F,) within the tolerance of a degree of the scale; NaN without frames."""
+    if not len(cents):
+        return float("nan")
+    return float((_distances(cents, degrees).min(1) <= tolerance).mean())
+
+
+def chance_in_scale(degrees: Sequence[float], tolerance: float = TOLERANCE) -> float:
+    """The share of the octave that counts as in the scale: what a line anywhere would have."""
+    places = np.arange(0, OCTAVE, 1.0)
+    return in_scale_share(places, degrees, tolerance)
+
+
+def log_likelihood(cents: Array, degrees: Sequence[float]) -> float:
+    """Mean log density per frame, in nats per cent: equal Gaussians at the degrees, and a floor. NaN without frames."""
+    if not len(cents):
+        return float("nan")
+    bells = np.exp(-0.5 * (_distances(cents, degrees) / SPREAD) ** 2) / (SPREAD * np.sqrt(2 * np.pi))
+    return float(np.log((1 - FLOOR) * bells.mean(1) + FLOOR / OCTAVE).mean())
+
+
+def likeliest(cents: Array, scales: Mapping[str, Sequence[float]], tonic_known: bool = True) -> str:
+    """The scale with the highest likelihood; without a known tonic the best over all rotations counts."""
+    turns: Iterable[float] = (0.0,) if tonic_known else np.arange(0, OCTAVE, ROTATION)
+    turned = [cents - turn for turn in turns]
+    return max(scales, key=lambda name: max(log_likelihood(line, scales[name]) for line in turned))
+
+
+def _distances(cents: Array, degrees: Sequence[float]) -> Array:
+    """From each frame to each degree, (F, degrees), the shorter way round the octave."""
+    gaps = (cents[:, None] - np.asarray(degrees)[None] + OCTAVE / 2) % OCTAVE - OCTAVE / 2
+    return np.abs(gaps)

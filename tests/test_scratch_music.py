@@ -1,0 +1,242 @@
+"""The base `melody` from nothing: codebooks that learn, a codec and a decoder through the one loop, files that load."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from studio.base import Request
+from studio.bases.melody import build_melody
+from studio.bases.musicgen import MusicGen
+from studio.bases.registry import load_base
+from studio.data.melodies.fields import KEYS, Fields
+from studio.data.melodies.source import draw_melody
+from studio.errors import BaseError, PresetError
+from studio.evaluate.melody_card import fit_judge, listen, marks, measure_codec
+from studio.evaluate.melody_card import main as card
+from studio.music.codebooks import Codebooks, k_means, nearest
+from studio.music.spectra import magnitudes, spectral_distance
+from studio.training import Order, plan, plan_resume
+
+CODEC = ("batch_size=2", "data.seconds=0.25", "data.pool=2", "steps=6", "checkpoint_every=3", "warmup_steps=0")
+DECODER = ("batch_size=2", "data.seconds=1", "data.pool=3", "data.refresh=1", "steps=6", "warmup_steps=0")
+QUIET = ("sample_every=0", "validate_every=0")
+
+
+@pytest.fixture(scope="module")
+def codec_run(tmp_path_factory):
+    """The folder of a codec's training of six steps, of which the last three had codes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STUDIO_HOME", str(tmp_path_factory.mktemp("home")))
+        folder = tmp_path_factory.mktemp("runs") / "codec"
+        events = events_of("base-melody-codec", folder, *CODEC, *QUIET, "method.unquantised=0.4")
+        assert events[-1].kind == "finished"
+        return folder
+
+
+@pytest.fixture
+def codec():
+    return build_melody(0).denoiser.audio_encoder
+
+
+def frames(count, seed=0, width=32):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def begun(codec, seed=0):
+    books = Codebooks(codec)
+    books.begin(frames(2000, seed), torch.Generator().manual_seed(seed))
+    return books
+
+
+def events_of(preset, folder, *settings, stop_after=None):
+    training = plan(Order(preset, run=folder, settings=settings))
+    return collect(training, stop_after)
+
+
+def collect(training, stop_after=None):
+    events = []
+    for event in training.events(lambda: stop_after is not None and bool(events) and events[-1].step >= stop_after):
+        events.append(event)
+    return events
+
+
+# -- codebooks ---------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_quantised_as_the_codec_itself_does(codec):
+    books = begun(codec)
+    heard = frames(50, 3).T[None]
+    said, _ = books.quantise(heard, learn=False)
+    own = codec.quantizer.decode(codec.quantizer.encode(heard, 1.6))
+    assert torch.allclose(said, own, atol=1e-5)
+
+
+def test_each_book_takes_error_away_and_gradients_pass_straight_through(codec):
+    books = begun(codec)
+    heard = frames(400, 4).view(2, 200, 32).transpose(1, 2).clone().requires_grad_(True)
+    said, commitment = books.quantise(heard, learn=False)
+    said.sum().backward()
+    assert torch.equal(heard.grad, torch.ones_like(heard))
+    assert commitment.shape == (2,)
+    left, errors = heard.detach().transpose(1, 2).flatten(0, 1), []
+    for book in books.books:
+        left = left - book.embed[nearest(left, book.embed)]
+        errors.append(float(left.square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5
+
+
+def test_centres_follow_the_mean_of_what_falls_to_them(codec):
+    books = begun(codec)
+    book = books.books[0]
+    target = frames(300, 5) + 1.0
+    error = lambda: float((target - book.embed[nearest(target, book.embed)]).square().mean())  # noqa: E731
+    before = error()
+    for step in range(1, 60):
+        books.quantise(target.T[None], learn=True)
+        books.update(step, torch.Generator().manual_seed(step))
+    assert error() < 0.7 * before
+
+
+def test_dead_centres_start_again_where_frames_are(codec):
+    books = begun(codec)
+    book = books.books[0]
+    book.embed[:200] += 100  # nothing falls to these any more
+    book.cluster_size[:200] = 1e-3
+    book.cluster_size[200:] *= 0.2
+    book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
+    for step in range(1, 61):
+        books.quantise(frames(400, step).T[None], learn=True)
+        books.update(step, torch.Generator().manual_seed(step))
+    used = torch.unique(nearest(frames(3000, 999), book.embed))
+    assert len(used) > 200
+
+
+def test_k_means_finds_clusters_and_survives_too_few_frames():
+    middles = 10 * frames(8, 1)
+    points = middles.repeat(50, 1) + 0.1 * frames(400, 2)
+    centres = k_means(points, 16, torch.Generator().manual_seed(0))
+    assert float((points - centres[nearest(points, centres)]).square().mean()) < 0.05
+    assert k_means(frames(3), 16, torch.Generator().manual_seed(0)).shape == (16, 32)
+
+
+def test_spectra_of_a_sine_peak_at_one_and_equal_sounds_have_no_distance():
+    time = torch.arange(6000) / 12_000
+    sine = torch.sin(2 * torch.pi * 750 * time)[None]
+    assert float(magnitudes(sine, 512)[0, :, 5:-5].max()) == pytest.approx(1, abs=0.05)
+    assert float(spectral_distance(sine, sine)) < 0.01
+    assert float(spectral_distance(torch.zeros_like(sine), sine)) > float(spectral_distance(0.8 * sine, sine))
+
+
+# -- the two stages ----------------------------------------------------------------------------------------------
+
+
+def test_a_codec_trains_quantises_and_resumes_to_the_bit(tmp_path, codec_run):
+    settings = (*CODEC, *QUIET, "method.unquantised=0.4")
+    stopped = events_of("base-melody-codec", tmp_path / "part", *settings, stop_after=4)
+    assert stopped[-1].kind == "stopped"
+    collect(plan_resume(tmp_path / "part"))
+    one, other = (load_file(run / "base" / "model.safetensors") for run in (codec_run, tmp_path / "part"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert float(one["audio_encoder.quantizer.layers.0.codebook.cluster_size"].sum()) > 0
+
+
+def test_a_trained_base_is_small_and_loads_as_stock_classes(codec_run):
+    from transformers import AutoTokenizer, MusicgenForConditionalGeneration
+
+    folder = codec_run / "base"
+    assert (folder / "model.safetensors").stat().st_size < 4_000_000
+    assert str(codec_run.parent) not in "".join(path.read_text() for path in folder.glob("*.json"))
+    stock = MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    ours = load_base(folder, dtype="fp32", device="cpu")
+    wave = draw_melody(("stock",), 1.0, 12_000, ("western",)).wave[None]
+    assert torch.equal(stock.audio_encoder.encode(wave).audio_codes[0], ours.encode_sounds(wave))
+    told = AutoTokenizer.from_pretrained(folder)(["a slow raga yaman on a sitar"], return_tensors="pt")
+    assert told.input_ids.shape[1] == 8
+    made = stock.generate(**told, do_sample=False, max_new_tokens=13)
+    assert made.shape[-1] == 10 * 240
+
+
+def test_a_decoder_learns_on_the_codes_of_the_codec_that_it_is_given(tmp_path, codec_run):
+    given = f"method.init_from={codec_run / 'base'}"
+    settings = (*DECODER, "sample_every=6", "validate_every=6", "sample_seconds=0.2", "sample_prompts=[a tune]", given)
+    settings = (*settings, "method.fresh=[text_encoder,enc_to_dec_proj,decoder]")
+    found = events_of("base-melody", tmp_path / "run", *settings)
+    losses = [event.data["loss"] for event in found if event.kind == "step"]
+    assert losses[-1] < losses[0]
+    assert [event.data["path"] for event in found if event.kind == "sample"] == [
+        f"samples/{step:06d}-0.wav" for step in (0, 6)
+    ]
+    codec, both = (load_file(run / "base" / "model.safetensors") for run in (codec_run, tmp_path / "run"))
+    same = {key: torch.equal(codec[key], both[key]) for key in both}
+    assert all(equal for key, equal in same.items() if key.startswith("audio_encoder."))
+    assert not all(equal for key, equal in same.items() if key.startswith("text_encoder."))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("data.source=stickers",), "draws its own data"),
+        (("base=sticker",), "no blueprint"),
+        (("method.init_from=sticker",), "makes no music"),
+        (("data.seconds=40", "method.train=decoder"), "at once"),
+        (("data.traditions=[]",), "traditions"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_trains(settings, message, tmp_path):
+    with pytest.raises(PresetError, match=message):
+        events_of("base-melody-codec", tmp_path / "run", *settings)
+
+
+def test_a_network_built_otherwise_is_refused_naming_the_part(tmp_path):
+    MusicGen.tiny().pipe.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(BaseError, match="audio_encoder"):
+        events_of("base-melody", tmp_path / "run", f"method.init_from={tmp_path / 'tiny'}")
+
+
+# -- the card ----------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_codec_scores_perfectly_and_an_untrained_one_does_not():
+    base = build_melody(0)
+
+    class Perfect:
+        sample_rate_hz = 12_000
+        encode_sounds = staticmethod(lambda waves: torch.cat([(waves * 10_000).long(), 0 * waves.long()], 1) + 10_000)
+        decode_sounds = staticmethod(lambda codes: (codes[:, :1].float() - 10_000) / 10_000)
+
+    best = measure_codec(Perfect(), 3)["all"]
+    assert best["voiced_kept"] > 0.98
+    assert best["median_cents"] < 0.5
+    begun(base.denoiser.audio_encoder)
+    worst = measure_codec(base, 3)
+    assert worst["all"]["voiced_kept"] < 0.9 or worst["all"]["median_cents"] > 100
+    assert len(worst["codebooks"]) == 4
+
+
+def test_marks_are_full_for_what_was_asked_and_low_for_another_key():
+    judge, _ = fit_judge(12_000, 2.0, 40)
+    fields = Fields("western", "flute", "major", "steady", "fast", "C")
+    piece = draw_melody(("marks", 1), 6.0, 12_000, ("western",), fields=fields)
+    heard = listen(piece.wave[0].numpy(), 12_000, judge)
+    told = marks(heard, fields)
+    assert told["in_scale"] > 0.9
+    assert told["mode"] == 1
+    assert told["tempo"] == 1
+    assert marks(heard, replace(fields, key="F sharp"))["in_scale"] < 0.5
+    assert KEYS[9] == "A"
+
+
+def test_the_card_is_written_by_one_command(tmp_path):
+    base = build_melody(0)
+    begun(base.denoiser.audio_encoder)
+    base.pipe.save_pretrained(tmp_path / "base")
+    assert base.generate(Request(["a tune"], [0], seconds=0.2))[0].seconds == pytest.approx(0.2)
+    assert card([str(tmp_path / "base"), "--out", str(tmp_path / "card"), "--pieces", "3", "--prompts", "0"]) == 0
+    told = json.loads((tmp_path / "card" / "card.json").read_text())
+    assert set(told["codec"]) >= {"western", "raga", "makam", "all", "codebooks"}
+    assert len(list((tmp_path / "card").glob("codec-*.wav"))) == 3
+    assert card(["sticker", "--out", str(tmp_path / "no")]) == 2
