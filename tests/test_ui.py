@@ -98,7 +98,7 @@ def test_another_base_changes_what_the_preset_says_and_nothing_else():
     content = settings.presets()["subject"]
     other = settings.values_for_base("subject", "sdxl")
     assert other[at("batch_size")] == "1"
-    assert other[at("orthogonal:target_modules")] == "attention"
+    assert other[at("orthogonal:target_modules")] == other[at("tlora:target_modules")] == "attention"
     assert other[at("seed")] == {"__type__": "update"}  # left as it is
     own = settings.values_for_base("subject", content["base"])
     assert own[at("batch_size")] == str(content["batch_size"])

@@ -92,11 +92,10 @@ def values_for_base(preset: str, base: str) -> list[Any]:
     """What the widgets show for a base: values where the preset treats it otherwise than its own, else gr.skip()."""
     content = copy.deepcopy(presets()[preset])
     others: dict[str, Any] = content["other_bases"]
-    kind = content["method"]["kind"]
     if base != content["base"]:
         for key, value in others.items():
             form.put(content, key, value)
-    touched = {f"{kind}:{key.removeprefix('method.')}" if key.startswith("method.") else key for key in others}
+    touched = {key.replace("method.", f"{kind}:") for key in others for kind in method_fields()}  # whichever is chosen
     found = zip(keys(), values_of(content), strict=True)
     return [value if key in touched else gr.skip() for key, value in found]
 
