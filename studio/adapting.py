@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from studio.adapter import Card, load_adapter, new_adapter
 from studio.attachment import attach
-from studio.base import Base
+from studio.base import Base, Request
 from studio.data.captions import put_words
 from studio.errors import WorkError
 from studio.fit import Group, Task
@@ -27,6 +27,8 @@ from studio.run import Event, Run
 
 class AdapterTraining(Task):
     """Trains the patches (and learned words) of one adapter. Subclasses have the data."""
+
+    base: Any  # of the family that the subclass is for; it can `generate`
 
     def __init__(
         self,
@@ -54,6 +56,21 @@ class AdapterTraining(Task):
     def _fill(self, text: str) -> str:
         card = self.adapter.card
         return put_words(text, {"trigger": card.trigger, "class": card.class_word})
+
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        """One sample of each prompt, always from the same noise; at step 0 by the base alone."""
+        self.attachment.weight = float(step > 0)
+        self._train_mode(False)
+        preset = self.preset
+        for column, prompt in enumerate(map(self._fill, preset.sample_prompts)):
+            request = Request([prompt], [column], steps=preset.sample_steps, seconds=preset.sample_seconds)
+            yield self.save_sample(self.base.generate(request)[0], step, column, prompt)
+        self._train_mode(True)
+        self.attachment.weight = 1.0
+
+    @abstractmethod
+    def save_sample(self, work: Any, step: int, column: int, prompt: str) -> Event:
+        """Stores what the base made of a prompt and returns its `sample` event."""
 
     def processes(self) -> int:
         return max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -221,14 +222,8 @@ class AdapterTask(AdapterTraining):
         self._train_mode(True)
         return torch.cat(values).mean().item()
 
-    def draw_samples(self, step: int) -> Iterator[Event]:
-        self.attachment.weight = float(step > 0)
-        self._train_mode(False)
-        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
-            picture = self.base.generate(Request([prompt], [column], steps=self.preset.sample_steps))[0]
-            yield save_picture(self.run, picture, step, column, prompt, column)
-        self._train_mode(True)
-        self.attachment.weight = 1.0
+    def save_sample(self, work: Any, step: int, column: int, prompt: str) -> Event:
+        return save_picture(self.run, work, step, column, prompt, column)
 
     def sketch_inputs(self) -> Iterator[Event]:
         """Puts sketches of the layers' inputs into the adapter, as it stands; yields a `warning` where it cannot."""

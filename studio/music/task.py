@@ -18,7 +18,7 @@ from torch import Tensor
 
 from studio.adapter import Card
 from studio.adapting import AdapterTraining
-from studio.base import Condition, Request
+from studio.base import Condition
 from studio.bases.musicgen import MusicGen
 from studio.data.cache import Cache
 from studio.data.order import Order
@@ -126,16 +126,8 @@ class SoundTraining(AdapterTraining):
     def describe(self, step: int, micro: int, slots: range) -> str:
         return "sounds " + ", ".join(example.name for example in self.examples_at(step, micro, slots))
 
-    def draw_samples(self, step: int) -> Iterator[Event]:
-        self.attachment.weight = float(step > 0)
-        self._train_mode(False)
-        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
-            preset = self.preset
-            request = Request([prompt], [column], steps=preset.sample_steps, seconds=preset.sample_seconds)
-            sound = self.base.generate(request)[0]
-            yield save_sample(self.run, sound, step, column, prompt, column)
-        self._train_mode(True)
-        self.attachment.weight = 1.0
+    def save_sample(self, work: Any, step: int, column: int, prompt: str) -> Event:
+        return save_sample(self.run, work, step, column, prompt, column)
 
 
 class SoundTask(SoundTraining):
