@@ -18,9 +18,11 @@ from studio.comparing.bare_base import zero_smallest
 from studio.comparing.jobs import Job, cell_preset, flat, make_jobs
 from studio.comparing.lessons import Lesson, make_lesson
 from studio.comparing.plots import HEIGHT, LEFT, WIDTH, Axis, Point, scatter
+from studio.comparing.publish import publish
 from studio.comparing.schedule import alone_in, run_jobs, seconds_left
 from studio.comparing.study import Study, read_study, study_files
 from studio.comparing.table import Summary, paired_difference, summary, tables
+from studio.comparing.together import two_in_one
 from studio.data.stickers import font_path
 from studio.errors import PresetError, RequestError
 
@@ -349,6 +351,88 @@ def test_sums_wear_the_others_beside_and_come_after_their_trainings(pico_study, 
     (command,) = summed.commands()
     assert f"{jobs[trainings[1]].run_folder}:0.6" in command
     assert command[command.index("--beside") + 1] == f"{jobs[trainings[0]].run_folder}:0.6"
+
+
+MERGES = {"cells": ["lora r2"], "lessons": ["blob", "other"], "sizes": [2], "seeds": [0], "ways": [{"strategy": "sum"}]}
+
+
+def merge_study(path, **changes):
+    content = yaml.safe_load(path.read_text())
+    own = content["folders"]["blob"]
+    content["folders"] = {"blob": own, "other": own}
+    path.write_text(yaml.safe_dump(content | {"taught": [], "merges": [MERGES | changes]}))
+    return read_study(str(path))[1]
+
+
+def test_concepts_of_merges_are_only_taught_and_come_before_what_is_made_of_them(pico_study, tmp_path):
+    jobs = {job.name: job for job in make_jobs(merge_study(pico_study, pairs=1), tmp_path / "work")}
+    taught = ["lora-r2--blob--0", "lora-r2--other--0"]
+    assert list(jobs) == [*taught, "alone--lora-r2--0", "concepts2--lora-r2--0", "pairs2--lora-r2--0"]
+    assert [job.kind for job in jobs.values()] == ["taught", "taught", "concepts", "concepts", "pairs"]
+    assert all(jobs[name].needs == tuple(taught) for name in list(jobs)[2:])
+    assert all("evaluate" not in command for name in taught for command in jobs[name].commands())
+    marks = {name: job.fingerprint for name, job in jobs.items()}
+    other_way = merge_study(pico_study, pairs=1, ways=[{"strategy": "sum", "weight": 0.6}])
+    moved = {job.name: job.fingerprint for job in make_jobs(other_way, tmp_path / "elsewhere")}
+    assert {name for name in marks if marks[name] != moved[name]} == {"concepts2--lora-r2--0", "pairs2--lora-r2--0"}
+
+
+@pytest.mark.parametrize(
+    ("ways", "words"),
+    [
+        ([{"strategy": "summ"}], ["summ", "sum"]),
+        ([{"strategy": "ties", "options": {"densty": 0.2}}], ["densty", "density"]),
+        ([{"strategy": "sum"}, {"strategy": "sum", "weight": 0.5}], ["one name"]),
+    ],
+)
+def test_a_wrong_way_to_merge_is_refused_naming_the_fault(pico_study, ways, words):
+    with pytest.raises(PresetError) as caught:
+        merge_study(pico_study, ways=ways)
+    for word in words:
+        assert word in f"{caught.value.message} {caught.value.hint}"
+
+
+@needs_font
+def test_concepts_are_measured_alone_merged_and_in_one_picture(pico_study, tmp_path, home):
+    """Adapters that have learned next to nothing: all ways draw the same, and none moves the base."""
+    from studio.cli import run
+    from studio.comparing.together import main
+
+    settings = yaml.safe_load(pico_study.read_text())["settings"] | {"steps": 1, "learning_rate": 1e-20}
+    study = merge_study(pico_study, pairs=1, pictures=1, scenes=2).model_copy(update={"settings": settings})
+    jobs = {job.name: job for job in make_jobs(study, tmp_path / "work")}
+    for job in (job for job in jobs.values() if job.kind == "taught"):
+        (command,) = job.commands()
+        assert run(command[3:]) == 0
+        assert job.store(1.0)["card"]["training"]["steps"] == 1
+    for name in list(jobs)[2:]:
+        (command,) = jobs[name].commands()
+        assert main(command[3:]) == 0
+        stored = jobs[name].store(1.0)
+        assert jobs[name].result() == stored
+        assert jobs[name].card_path.with_name("grid.png").exists()
+    alone = jobs["alone--lora-r2--0"].result()["card"]["ways"]["alone"]
+    fused = jobs["concepts2--lora-r2--0"].result()["card"]["ways"]["sum"]
+    assert (alone["loss_rise"], fused["loss_rise"]) == pytest.approx((0, 0), abs=1e-6)
+    assert fused["similarity"] == pytest.approx(alone["similarity"], abs=1e-4)
+    paired = jobs["pairs2--lora-r2--0"].result()["card"]["ways"]
+    assert set(paired) == {"sum", "regions"}
+    made = {table.title: table for table in tables(study, [job.result() for job in list(jobs.values())[2:]])}
+    assert [row[0] for row in made["Concepts merged: lora r2"].rows] == ["alone", "sum"]
+    assert [row[1] for row in made["Two concepts in one picture"].rows] == ["sum", "regions"]
+    content = publish(study, "pico", list(jobs.values()), tmp_path / "out", "x")
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"concepts2--lora-r2--0.png", "merged-lora-r2.png"}
+    assert str(tmp_path) not in json.dumps(content["results"])
+
+
+def test_rates_of_two_in_one_picture():
+    """(half, concept) cosines: both in place; swapped; one of them alone, everywhere; nobody."""
+    pictures = [[[0.9, 0], [0, 0.9]], [[0, 0.9], [0.9, 0]], [[0.9, 0], [0.9, 0]], [[0, 0], [0, 0]]]
+    rates = two_in_one(torch.tensor(pictures))
+    assert rates["in_place"] == pytest.approx(3 / 8)
+    assert rates["both_in_place"] == pytest.approx(1 / 4)
+    assert rates["swapped"] == pytest.approx(3 / 8)
+    assert rates["missing"] == pytest.approx(3 / 8)
 
 
 # -- tables and plots ------------------------------------------------------------------------------------------

@@ -15,10 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from studio.adapter import load_adapter
 from studio.bases.registry import load_base
 from studio.comparing.lessons import Lesson, fingerprint, make_lesson
-from studio.comparing.study import Cell, Study, Sums
-from studio.errors import PresetError, RequestError
+from studio.comparing.study import Cell, Merges, Study, Sums, Way
+from studio.comparing.together import ALONE, Concept
+from studio.comparing.together import Order as Together
+from studio.errors import AdapterError, PresetError, RequestError
+from studio.evaluate.training_cost import training_cost
 from studio.files import slugify, write_atomically
 from studio.preset import Preset
 from studio.run import Run
@@ -32,7 +36,7 @@ class Job:
     """One result. `commands` are run one after the other; the last one writes `card`, the job's figures."""
 
     name: str
-    kind: str  # training, sum, described or zeroed
+    kind: str  # training, taught, sum, concepts, pairs, described or zeroed
     facts: dict[str, Any]
     fingerprint: str
     folder: Path
@@ -66,10 +70,7 @@ class Job:
 
     def store(self, seconds: float) -> dict[str, Any]:
         """Writes the result from the card. Raises RequestError if the commands left none."""
-        try:
-            card = json.loads(self.card_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise RequestError(f"the job '{self.name}' left no card", f"see '{self.log_path}'") from None
+        card = self._card()
         card.pop("files", None)
         result = {
             "job": self.name,
@@ -82,8 +83,25 @@ class Job:
         write_atomically(self.result_path, json.dumps(result, indent=1) + "\n")
         return result
 
+    def _card(self) -> dict[str, Any]:
+        """What the commands left; of an adapter that is only taught, what that cost."""
+        try:
+            if self.kind == "taught":
+                path = Run(self.run_folder).adapter_path
+                return {"training": training_cost(load_adapter(path), path)}
+            return json.loads(self.card_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, AdapterError):
+            raise RequestError(f"the job '{self.name}' left no card", f"see '{self.log_path}'") from None
+
     def commands(self) -> list[list[str]]:
         """What is still to be done: a training that was interrupted goes on from its checkpoint."""
+        if self.kind == "taught":
+            return self._training()
+        if self.kind in ("concepts", "pairs"):
+            order_file = self.folder / "orders" / f"{self.name}.json"
+            write_atomically(order_file, self.order["together"].model_dump_json(indent=1))
+            module = [sys.executable, "-m", "studio.comparing.together", self.kind, str(order_file)]
+            return [[*module, "--out", str(self.card_path)]]
         lesson: Any = self.order.get("lesson")
         how = ["--steps", str(self.order["steps"]), "--batch", str(self.order["batch"])]
         if self.kind in ("zeroed", "described"):
@@ -128,7 +146,13 @@ def make_jobs(study: Study, folder: Path) -> list[Job]:
     lessons = {name: make_lesson(study, name, folder / "lessons") for name in study.lessons}
     prints = {name: fingerprint(lesson) for name, lesson in lessons.items()}
     maker = _Maker(study, folder, base, lessons, prints)
-    jobs = [*maker.trainings(), *maker.sums(), *maker.described(preset.base), *maker.zeroed(preset.base)]
+    jobs = [
+        *maker.trainings(),
+        *maker.sums(),
+        *maker.merges(),
+        *maker.described(preset.base),
+        *maker.zeroed(preset.base),
+    ]
     return list({job.name: job for job in jobs}.values())
 
 
@@ -200,6 +224,62 @@ class _Maker:
         parts = [job.fingerprint for job in (own, *others)]
         needs = tuple(job.name for job in singles)
         return Job(name, "sum", facts, _digest(parts, weight), self.folder, needs, order)
+
+    def merges(self) -> Iterator[Job]:
+        """Seeds outermost; of each, the concepts that are only taught for this, then what is made of them."""
+        for group in self.study.merges:
+            for seed in group.seeds:
+                for cell in (cell for cell in self.study.cells if cell.name in group.cells):
+                    yield from self._merges_of(group, cell, seed)
+
+    def _merges_of(self, group: Merges, cell: Cell, seed: int) -> Iterator[Job]:
+        singles = [self._taught(cell, self.lessons[name], seed) for name in group.lessons[: max(group.sizes)]]
+        yield from singles
+        alone, ways = (Way(strategy=ALONE),), group.ways
+        yield self._together(group, cell, seed, singles, "concepts", alone)
+        for size in group.sizes:
+            yield self._together(group, cell, seed, singles[:size], "concepts", ways)
+        if group.pairs:
+            yield self._together(group, cell, seed, singles[: 2 * group.pairs], "pairs", ways)
+
+    def _taught(self, cell: Cell, lesson: Lesson, seed: int) -> Job:
+        job = self.training(cell, lesson, seed)
+        if lesson.name not in self.study.taught_to(cell):
+            job.kind = "taught"
+        return job
+
+    def _together(
+        self, group: Merges, cell: Cell, seed: int, singles: list[Job], kind: str, ways: tuple[Way, ...]
+    ) -> Job:
+        evaluation = self.study.evaluation
+        lessons: list[Lesson] = [job.order["lesson"] for job in singles]
+        concepts = [
+            Concept(
+                name=a.name,
+                adapter=str(Run(job.run_folder).adapter_path),
+                trigger=a.trigger,
+                references=str(a.references),
+            )
+            for a, job in zip(lessons, singles)
+        ]
+        order = Together(
+            base=singles[0].order["preset"].base,
+            concepts=concepts,
+            ways=list(ways),
+            protocol=evaluation.protocol or "sticker-subject",
+            pictures=group.pictures,
+            scenes=group.scenes,
+            pairs=group.pairs if kind == "pairs" else 0,
+            steps=evaluation.steps,
+            batch=evaluation.batch,
+        )
+        told = order.model_dump(mode="json", exclude={"concepts"})  # where files lie is no matter
+        mark = _digest(kind, told, [job.fingerprint for job in singles])
+        alone = [way.strategy for way in ways] == [ALONE]
+        name = f"{'alone' if alone else kind}{'' if alone else len(singles)}--{slugify(cell.name)}--{seed}"
+        facts = {"cell": cell.name, "seed": seed, "concepts": 1 if alone else len(singles)}
+        needs = tuple(job.name for job in singles)
+        return Job(name, kind, facts, mark, self.folder, needs, {"together": order})
 
     def described(self, base: str) -> Iterator[Job]:
         taught = {name for cell in self.study.cells for name in self.study.taught_to(cell)}

@@ -11,8 +11,17 @@ from typing import Any
 from studio.comparing.jobs import Job
 from studio.comparing.plots import Axis, Point, scatter
 from studio.comparing.study import Study
-from studio.comparing.table import COLUMNS, compared, leading, of_kind, one_each, summarised, tables
-from studio.files import write_atomically
+from studio.comparing.table import (
+    COLUMNS,
+    compared,
+    leading,
+    of_kind,
+    one_each,
+    summarised,
+    tables,
+    way_figure,
+)
+from studio.files import slugify, write_atomically
 from studio.samples import save_png
 
 Result = dict[str, Any]
@@ -41,7 +50,7 @@ def publish(study: Study, name: str, jobs: Sequence[Job], out: Path, command: st
         "results": results,
     }
     write_atomically(out / "results.json", json.dumps(content, indent=1) + "\n")
-    pictures = _plots(study, results, out)
+    pictures = [*_plots(study, results, out), *_merge_plots(study, results, out), *_grids(jobs, out)]
     write_atomically(out / "results.md", _page(study, content, results, pictures))
     return content
 
@@ -105,4 +114,40 @@ def _plots(study: Study, results: Sequence[Result], out: Path) -> list[Path]:
                 path = out / f"{stem}-{kind}s.png"
                 save_png(scatter(heading, *axes, points, levels), path, {"study": stem})
                 made.append(path)
+    return made
+
+
+def _merge_plots(study: Study, results: Sequence[Result], out: Path) -> list[Path]:
+    """For each cell, at its largest K: who is still recognised against what it does to the base."""
+    made = []
+    for cell in study.cells:
+        found = of_kind(results, "concepts", cell=cell.name)
+        largest = max((r["concepts"] for r in found), default=1)
+        points = []
+        for way in dict.fromkeys(way.title for group in study.merges for way in group.ways):
+            own = of_kind(found, "concepts", concepts=largest)
+            x, y = way_figure(own, way, "loss_rise"), way_figure(own, way, "identity")
+            if x and y:
+                points.append(Point(way, x, y))
+        alone = way_figure(of_kind(found, "concepts", concepts=1), "alone", "identity")
+        if points:
+            title = f"{largest} concepts in one: recognised against base drift ({cell.name})"
+            levels = {"one alone": alone.mean} if alone else {}
+            path = out / f"merged-{slugify(cell.name)}.png"
+            save_png(scatter(title, Axis("rise of the base's loss"), Axis("identity"), points, levels), path, {})
+            made.append(path)
+    return made
+
+
+def _grids(jobs: Sequence[Job], out: Path) -> list[Path]:
+    """The pictures behind the merges, for the first seed: a row for each way, a column for each concept or pair."""
+    made = []
+    for job in jobs:
+        sheet = job.card_path.with_name("grid.png")
+        first = job.kind in ("concepts", "pairs") and job.facts["seed"] == min(
+            other.facts["seed"] for other in jobs if other.kind == job.kind
+        )
+        if first and job.result() is not None and sheet.exists():
+            made.append(out / f"{job.name}.png")
+            write_atomically(made[-1], sheet.read_bytes())
     return made

@@ -1,8 +1,8 @@
 """Studies: methods x lessons x seeds, as data. One YAML file each, in `presets/studies/` or anywhere.
 
 A *lesson* is what is taught: a held-out glyph of the sticker world, a style, or somebody's folder. A *cell* is a method
-with its settings. Every cell learns every lesson with every seed; `sums` wear several of a cell's adapters at once, and
-`pruning` sets the base's smallest weights to zero, without any training.
+with its settings. Every cell learns every lesson with every seed; `sums` wear several of a cell's adapters at once,
+`merges` make one of them in several ways, and `pruning` sets the base's smallest weights to zero, without any training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from studio.data.stickers import COLOURS, TINTS
-from studio.errors import PresetError, nearest
+from studio.errors import PresetError, StudioError, nearest
 from studio.evaluate.protocol import read_protocol
 from studio.files import slugify
 from studio.method import describe
@@ -70,6 +70,46 @@ class Sums(_Part):
     measured: int = Field(2, ge=1, description="How many of the K are measured, from the first.")
 
 
+class Way(_Part):
+    """A way to make one adapter of several: a strategy of `studio merge` with its settings."""
+
+    name: str = Field("", description="How tables call it. Default: the strategy's name.")
+    strategy: str = Field(description="Of `studio merge --list`.")
+    weight: float = Field(1.0, description="The strength of each adapter.")
+    options: dict[str, Any] = Field({}, description="Settings of the strategy.")
+
+    @property
+    def title(self) -> str:
+        return self.name or self.strategy
+
+
+class Merges(_Part):
+    """Concepts merged in several ways: who is still recognised, and what it does to the base."""
+
+    cells: tuple[str, ...] = Field(description="Which cells.")
+    lessons: tuple[str, ...] = Field(description="The concepts, in this order; the first K of them are merged.")
+    sizes: tuple[int, ...] = Field((2, 4, 8), description="K.")
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="Seeds of the trainings.")
+    ways: tuple[Way, ...] = Field(min_length=1, description="How they are merged.")
+    pictures: int = Field(4, ge=1, le=12, description="How many pictures of each concept.")
+    scenes: int = Field(32, ge=1, description="Generic renderings that the base's loss is taken on, two noises each.")
+    pairs: int = Field(0, ge=0, description="How many pairs of neighbours in `lessons` are drawn in one picture.")
+
+    @field_validator("ways")
+    @classmethod
+    def _known_ways(cls, ways: tuple[Way, ...]) -> tuple[Way, ...]:
+        from studio.merging.strategy import strategy_named
+
+        for way in ways:
+            try:
+                strategy_named(way.strategy).options(way.options)
+            except StudioError as error:
+                raise ValueError(f"the way '{way.title}': {error.message} ({error.hint})") from None
+        if len({way.title for way in ways}) < len(ways):
+            raise ValueError("two ways have one name")
+        return ways
+
+
 class Pruning(_Part):
     """The base with its smallest weights set to zero, for what SaRA says of them."""
 
@@ -97,10 +137,13 @@ class Study(_Part):
     subjects: dict[str, str] = Field({}, description="Held-out glyphs, each with the nearest known thing.")
     styles: dict[str, Style] = Field({}, description="Styles by name.")
     folders: dict[str, Folder] = Field({}, description="Lessons of one's own, by name.")
-    taught: tuple[str, ...] = Field((), description="What a cell learns that names no lessons. Default: all lessons.")
+    taught: tuple[str, ...] | None = Field(
+        None, description="What a cell is measured on that names no lessons. Default: all lessons; []: none."
+    )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Seeds of the trainings.")
     cells: tuple[Cell, ...] = Field(min_length=1, description="What is compared; the first is the baseline.")
     sums: tuple[Sums, ...] = Field((), description="Sums of concepts.")
+    merges: tuple[Merges, ...] = Field((), description="Concepts merged in several ways.")
     pruning: Pruning | None = Field(None, description="Zeroed weights.")
     evaluation: Evaluation = Evaluation()
 
@@ -118,23 +161,24 @@ class Study(_Part):
         return [*self.subjects, *self.styles, *self.folders]
 
     def taught_to(self, cell: Cell) -> tuple[str, ...]:
-        """What a cell learns for the comparison; sums may want more."""
-        return cell.lessons or self.taught or tuple(self.lessons)
+        """What a cell learns for the comparison; sums and merges may want more."""
+        return cell.lessons or (tuple(self.lessons) if self.taught is None else self.taught)
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Study:
         if not self.lessons:
             raise ValueError("there is nothing to learn: give subjects, styles or folders")
-        lists = [self.taught, *(cell.lessons for cell in self.cells), *(group.lessons for group in self.sums)]
+        groups = (*self.sums, *self.merges)
+        lists = [self.taught or (), *(cell.lessons for cell in self.cells), *(group.lessons for group in groups)]
         named = [name for names in lists for name in names]
         if strange := next((name for name in named if name not in self.lessons), None):
             raise ValueError(f"there is no lesson '{strange}': {nearest(strange, self.lessons)}")
         cells = [cell.name for cell in self.cells]
-        if strange := next((name for s in self.sums for name in s.cells if name not in cells), None):
+        if strange := next((name for group in groups for name in group.cells if name not in cells), None):
             raise ValueError(f"there is no cell '{strange}': {nearest(strange, cells)}")
-        for group in self.sums:
+        for group in groups:
             if max(group.sizes) > len(group.lessons):
-                raise ValueError(f"a sum of {max(group.sizes)} concepts needs as many lessons")
+                raise ValueError(f"{max(group.sizes)} concepts together need as many lessons")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def tables(study: Study, results: Sequence[Result]) -> list[Table]:
     """All tables for which there are results."""
     kinds = {"subject": "Subjects", "style": "Styles"}
     made = [_cells(study, results, kind, title) for kind, title in kinds.items()]
-    made += [_by_lesson(study, results), _sums(study, results), _zeroed(results)]
+    made += [_by_lesson(study, results), _sums(study, results), *merged(study, results), _zeroed(results)]
     return [table for table in made if table is not None]
 
 
@@ -201,6 +201,58 @@ def _sums(study: Study, results: Sequence[Result]) -> Table | None:
             rows.append([cell.name, _lead_text(alone), *map(_lead_text, groups)])
     head = ["cell", "one alone", *(f"{count} at {weight:g}" for count, weight in columns)]
     return Table("Concepts summed: similarity of each beside the others", head, rows)
+
+
+# -- merges --------------------------------------------------------------------------------------------------------
+
+MERGED = {"identity": ("identity", ".2f"), "similarity": ("similarity", ".2f"), "loss_rise": ("base drift", ".1%")}
+IN_ONE_PICTURE = {
+    "in_place": ("in place", ".2f"),
+    "both_in_place": ("both in place", ".2f"),
+    "swapped": ("in the other's place", ".2f"),
+    "missing": ("missing", ".2f"),
+    "similarity": ("similarity", ".2f"),
+}
+
+
+def way_figure(results: Sequence[Result], way: str, column: str) -> Summary | None:
+    """A figure of one way over the seeds of these results."""
+    return summary(r["card"]["ways"][way][column] for r in results if way in r["card"]["ways"])
+
+
+def merged(study: Study, results: Sequence[Result]) -> Iterator[Table]:
+    """For each cell: every way at every size, its share of what one adapter alone reaches; then two in a picture."""
+    ways = list(dict.fromkeys(way.title for group in study.merges for way in group.ways))
+    for cell in study.cells:
+        found = of_kind(results, "concepts", cell=cell.name)
+        if found:
+            yield _merged_of(cell.name, ways, found)
+    paired = of_kind(results, "pairs")
+    if paired:
+        head = ["cell", "way", *(title for title, _ in IN_ONE_PICTURE.values()), "n"]
+        rows = []
+        for cell in study.cells:
+            own = of_kind(paired, "pairs", cell=cell.name)
+            for way in [*ways, "regions"] if own else ():
+                figures = [(way_figure(own, way, column), digits) for column, (_, digits) in IN_ONE_PICTURE.items()]
+                rows.append([cell.name, way, *(f.text(d) if f else "" for f, d in figures), str(len(own))])
+        yield Table("Two concepts in one picture", head, rows)
+
+
+def _merged_of(cell: str, ways: Sequence[str], found: Sequence[Result]) -> Table:
+    sizes = sorted({r["concepts"] for r in found})
+    alone = of_kind(found, "concepts", concepts=1)
+    head = ["way", *(f"{title}, K = {size}" for size in sizes for title, _ in MERGED.values()), "seeds"]
+    rows = []
+    for way in ("alone", *ways):
+        cells = []
+        for size in sizes:
+            own = of_kind(found, "concepts", concepts=size)
+            for column, (_, digits) in MERGED.items():
+                figure = way_figure(own, way, column)
+                cells.append(figure.text(digits) if figure else "")
+        rows.append([way, *cells, str(len({r["seed"] for r in (alone if way == "alone" else found)}))])
+    return Table(f"Concepts merged: {cell}", head, rows)
 
 
 def _zeroed(results: Sequence[Result]) -> Table | None:
