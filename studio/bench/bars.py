@@ -33,3 +33,8 @@ MERGE = [
     Bar("*", "sara", "attach and detach", 5.0, "attach and detach, in copies"),
     Bar("*", "*", "merge", 4.0, "merge, in copies"),
 ]
+
+FILES = [
+    Bar("*", "studio", "peft", 0.5, "processor time of PEFT's merging"),
+    Bar("*", "studio", "peak_mib", 2048, "MiB held"),
+]

@@ -1,4 +1,4 @@
-"""The three parts of the benchmark, each a table and the bars that it is held against."""
+"""The four parts of the benchmark, each a table and the bars that it is held against."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from studio.bench import bars, cases, gpu, merge
+from studio.bench import bars, cases, files, gpu, merge
 from studio.bench.cases import Case
 from studio.bench.memory import Footprint, fake_patches, footprint
 from studio.bench.rows import Ratio, Row, judge, markdown
@@ -22,7 +22,7 @@ from studio.bench.trainee import Trainee
 from studio.bench.workload import Workload
 from studio.errors import RequestError, StudioError
 
-PARTS = ("memory", "speed", "merge")
+PARTS = ("memory", "speed", "merge", "files")
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
@@ -47,11 +47,16 @@ def run(part: str, chosen: str = "", rounds: int = 15, progress: Progress = lamb
         with _one_thread():
             rows = merge.measure(rounds)
         return Result(part, machine(), rows, judge(bars.MERGE, rows))
+    if part == "files":
+        if not any(chosen in case.name for case in files.CASES):
+            raise _no_case(part, chosen, [case.name for case in files.CASES])
+        rows = files.measure(chosen, min(rounds, 3), progress)  # processes of seconds, and hardly any spread
+        return Result(part, machine(), rows, judge(bars.FILES, rows))
     on_gpu = torch.cuda.is_available()
     known = cases.MEMORY if part == "memory" else (*cases.SPEED, *(cases.MEMORY if on_gpu else ()))
     wanted = [case for case in known if chosen in case.name]
     if not wanted:
-        raise RequestError(f"no case of 'bench {part}' has '{chosen}' in its name", "; ".join(c.name for c in known))
+        raise _no_case(part, chosen, [case.name for case in known])
     if part == "memory":
         rows = list(memory_rows(wanted, progress))
         if on_gpu:
@@ -63,6 +68,10 @@ def run(part: str, chosen: str = "", rounds: int = 15, progress: Progress = lamb
         with _one_thread():
             rows = [row for case in wanted for row in speed_rows(case, rounds, progress)]
     return Result(part, machine(), rows, judge(bars.SPEED, rows))
+
+
+def _no_case(part: str, chosen: str, names: Sequence[str]) -> RequestError:
+    return RequestError(f"no case of 'bench {part}' has '{chosen}' in its name", "; ".join(names))
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

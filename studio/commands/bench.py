@@ -10,11 +10,11 @@ import typer
 from studio.errors import RequestError, nearest
 from studio.terminal import CountProgress, out, print_json, print_table, say
 
-PARTS = ("memory", "speed", "merge")
+PARTS = ("memory", "speed", "merge", "files")
 
 
 def bench(
-    part: Annotated[str, typer.Argument(metavar="[memory|speed|merge]", help="Default: all three.")] = "",
+    part: Annotated[str, typer.Argument(metavar="[memory|speed|merge|files]", help="Default: all.")] = "",
     case: Annotated[str, typer.Option(help="Only the cases with this in their name, such as sdxl or sticker.")] = "",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often everybody takes a turn.")] = 15,
     out_path: Annotated[Path | None, typer.Option("--out", help="Default: bench.md in the studio's home.")] = None,
