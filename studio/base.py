@@ -150,13 +150,14 @@ class Base(ABC):
         Raises AdapterError for another architecture, and for other values where the method depends on them.
         """
         own = self.identity()
+        unknown = not own.values or not identity.values
         if own.architecture != identity.architecture:
             raise AdapterError(
                 f"the adapter was made for '{identity.name}' ({identity.family}), which is built otherwise than "
                 f"'{self.name}' ({self.family})",
                 hint=f"use --base {identity.name}",
             )
-        if same_values(own.values, identity.values):
+        if same_values(own.values, identity.values) and not (needs_values and unknown):
             return ""
         if needs_values:
             raise AdapterError(
@@ -204,8 +205,13 @@ SKETCH_SIZE = 256
 
 
 def _value_sketch(components: Mapping[str, nn.Module]) -> str:
-    """256 weights at fixed places, in fp32, as base64: equal up to rounding in every dtype of the same weights."""
+    """256 weights at fixed places, in fp32, as base64: equal up to rounding in every dtype of the same weights.
+
+    Empty for an outline, which has none.
+    """
     tensors = [p for module in components.values() for p in module.parameters()]
+    if any(tensor.is_meta for tensor in tensors):
+        return ""
     picked = []
     for i in range(SKETCH_SIZE):
         flat = tensors[(i * 7919) % len(tensors)].detach().reshape(-1)
@@ -214,6 +220,11 @@ def _value_sketch(components: Mapping[str, nn.Module]) -> str:
 
 
 def same_values(one: str, other: str) -> bool:
-    """Whether two sketches are of the same weights, allowing for rounding to bf16 (8 bits of mantissa)."""
+    """Whether two sketches are of the same weights, allowing for rounding to bf16 (8 bits of mantissa).
+
+    What is not known of one is not held against it.
+    """
+    if not one or not other:
+        return True
     a, b = (np.frombuffer(base64.b64decode(text), "<f4") for text in (one, other))
     return a.shape == b.shape and bool(np.all(np.abs(a - b) <= 2.0**-7 * np.maximum(np.abs(a), np.abs(b)) + 1e-7))

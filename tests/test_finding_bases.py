@@ -22,11 +22,12 @@ from studio.adapter import load_adapter
 from studio.attachment import attach
 from studio.base import Request
 from studio.bases import checkpoint, folder, hub, published, registry
+from studio.bases.outline import outline
 from studio.bases.registry import ALIASES, bases, bundled, families, load_base
 from studio.bases.sd3 import StableDiffusion3
 from studio.bases.sdxl import StableDiffusionXL
 from studio.bases.stable_diffusion import StableDiffusion
-from studio.errors import BaseError, DiskError
+from studio.errors import AdapterError, BaseError, DiskError
 from studio.exporting import export_adapter
 from studio.training import Order, plan
 
@@ -617,3 +618,33 @@ def test_loading_and_drawing_is_silent(saved, tmp_path):
     result = in_a_fresh_process(code, saved, tmp_path / "again")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert load_file(tmp_path / "again" / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+# -- outlines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "sd3", "sticker_video"])
+def test_an_outline_has_the_layers_of_the_base_and_none_of_its_numbers(tmp_path, family):
+    families()[family].tiny().pipe.save_pretrained(tmp_path / "base")
+    drawn, whole = outline(str(tmp_path / "base")), load_base(tmp_path / "base")
+    assert {name: site.shape for name, site in drawn.sites().items()} == {n: s.shape for n, s in whole.sites().items()}
+    assert drawn.identity().model_copy(update={"values": whole.identity().values, "licence": ""}) == (
+        whole.identity().model_copy(update={"licence": ""})
+    )
+    assert all(parameter.is_meta for part in drawn.components.values() for parameter in part.parameters())
+
+
+@pytest.mark.parametrize(("name", "linear", "weights"), [("sd15", 184, 859_520_964), ("sdxl", 743, 2_567_463_684)])
+def test_outlines_of_published_models_need_neither_download_nor_memory(name, linear, weights):
+    base = outline(name)
+    assert sum(parameter.numel() for parameter in base.denoiser.parameters()) == weights
+    kinds = [site.shape.kind for site in base.sites().values() if site.component == "unet"]
+    assert kinds.count("linear") == linear
+    assert base.name == name
+
+
+def test_what_is_not_known_of_a_base_is_not_held_against_it_but_where_it_must_be_known(tiny_base_folder):
+    drawn, whole = outline(str(tiny_base_folder)), load_base(tiny_base_folder)
+    assert drawn.check(whole.identity()) == whole.check(drawn.identity()) == ""
+    with pytest.raises(AdapterError, match="depends on the weights"):
+        drawn.check(whole.identity(), needs_values=True)

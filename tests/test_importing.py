@@ -339,6 +339,20 @@ def test_a_foreign_and_an_own_file_merge_into_one(base, tmp_path):
         assert whole.norm() <= 1e-5 * load_adapter(own).patches[site]["main"].delta(zero).norm()
 
 
+def test_files_of_other_programs_merge_on_an_outline_and_the_base_is_never_loaded(
+    base, tmp_path, tiny_base_folder, monkeypatch
+):
+    exported = as_kohya(trained(tmp_path / "own.safetensors", 1, targets=("attention",)), tmp_path)
+    recipe = make_recipe({"adapters": [str(exported)], "strategy": "sum", "base": str(tiny_base_folder)})
+    whole = Merger(make_plan(recipe, lambda _: base)).adapter()
+    monkeypatch.setattr("studio.bases.registry.load_base", lambda *_: pytest.fail("the base was loaded"))
+    plan = make_plan(recipe)
+    made = Merger(plan).adapter()
+    assert plan.base is None
+    assert made.card.base.architecture == base.identity().architecture
+    assert all(made.tensors()[name].equal(value) for name, value in whole.tensors().items())
+
+
 def test_a_file_of_another_program_needs_a_base(base, tmp_path):
     exported = as_kohya(trained(tmp_path / "own.safetensors", 1, targets=("attention",)), tmp_path)
     with pytest.raises(RequestError) as caught:

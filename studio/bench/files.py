@@ -2,7 +2,7 @@
 
 Both read the same numbers from the same disk, ours in the studio's format, PEFT's in that of diffusers, and write one
 file. Counted is the processor time of the whole process and the most memory that it held. PEFT needs a network to hang
-the adapters on: here that is one of layers without values, which costs next to nothing, where its users load the base.
+the adapters on: here that is one whose weights take no memory, where its users load the base.
 """
 
 from __future__ import annotations

@@ -17,19 +17,21 @@ RANK = 32
 
 
 class Bare(nn.Module):
-    """Layers without values at given paths, for PEFT to hang adapters on."""
+    """Layers at given paths, for PEFT to hang adapters on; all their weights are one number in memory."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         super().__init__()
-        with torch.device("meta"):
-            for path, (height, width) in shapes.items():
-                place: nn.Module = self
-                *parents, last = path.split(".")
-                for name in parents:
-                    if name not in place._modules:
-                        place.add_module(name, nn.Module())
-                    place = place.get_submodule(name)
-                place.add_module(last, nn.Linear(width, height, bias=False))
+        for path, (height, width) in shapes.items():
+            place: nn.Module = self
+            *parents, last = path.split(".")
+            for name in parents:
+                if name not in place._modules:
+                    place.add_module(name, nn.Module())
+                place = place.get_submodule(name)
+            with torch.device("meta"):
+                layer = nn.Linear(width, height, bias=False)
+            layer.weight = nn.Parameter(torch.zeros(1, 1).expand(height, width), requires_grad=False)
+            place.add_module(last, layer)
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def _shapes(file: Path) -> tuple[dict[str, tuple[int, int]], int]:
     shapes: dict[str, list[int]] = {}
     rank = 0
     with safe_open(file, "pt") as opened:
-        for key in opened:
+        for key in opened.keys():  # noqa: SIM118 (it cannot be iterated)
             path, _, part = key.removeprefix("unet.").rpartition(".lora_")
             height, width = opened.get_slice(key).get_shape()
             rank = height if part.startswith("A") else width

@@ -153,12 +153,12 @@ def make_plan(recipe: Recipe, load: BaseLoader | None = None, max_bytes: int | N
     `load` gives a base by its name; by default it is found as everywhere.
     """
     bases = _Bases(recipe.base, load)
-    sources = open_sources([part.adapter for part in recipe.adapters], bases.obtain)
+    sources = open_sources([part.adapter for part in recipe.adapters], bases.outlined)
     guests = [Guest(part, source) for part, source in zip(recipe.adapters, sources, strict=True)]
     bases.default = next((source.trained_on for source in sources if isinstance(source, AdapterFile)), "")
     guests.sort(key=lambda guest: (guest.source.sha256, guest.part.weight, sorted(guest.part.blocks.items())))
     identity, warnings = _identity(guests, bases)
-    if recipe.base or recipe.calibrate or any(guest.source.needs_weights for guest in guests):
+    if recipe.calibrate or any(guest.source.needs_weights for guest in guests):
         _check_values(guests, bases.obtain())
     shapes = _shapes(guests)
     plan = Plan(recipe, guests, bases.loaded, identity, shapes, _words(guests), warnings)
@@ -178,32 +178,50 @@ def make_plan(recipe: Recipe, load: BaseLoader | None = None, max_bytes: int | N
 
 
 class _Bases:
-    """The base, loaded when somebody needs it: an additive merge of the studio's own files never does."""
+    """The base, as far as somebody needs it: files of other programs its layers, few methods its weights."""
 
     def __init__(self, name: str | None, load: BaseLoader | None) -> None:
         self.name, self.load, self.default = name, load, ""
         self.loaded: Base | None = None
+        self.outline: Base | None = None
 
-    def obtain(self, default: str = "") -> Base:
+    def obtain(self) -> Base:
+        """The base with its weights."""
         if self.loaded is None:
-            name = self.name or default or self.default
-            if not name:
-                raise RequestError("files of other programs do not say which base they fit", "name it with --base")
-            if self.load is None:
-                from studio.bases.registry import load_base
+            from studio.bases.registry import load_base
 
-                self.load = load_base
-            self.loaded = self.load(name)
+            self.loaded = (self.load or load_base)(self._called())
         return self.loaded
+
+    def outlined(self, default: str = "") -> Base:
+        """The base's layers, whose weights need not be there."""
+        self.default = self.default or default
+        if self.load is not None:
+            return self.obtain()
+        if self.outline is None:
+            from studio.bases.outline import outline
+
+            self.outline = outline(self._called())
+        return self.outline
+
+    @property
+    def known(self) -> Base | None:
+        return self.loaded or self.outline
+
+    def _called(self) -> str:
+        name = self.name or self.default
+        if not name:
+            raise RequestError("files of other programs do not say which base they fit", "name it with --base")
+        return name
 
 
 def _identity(guests: Sequence[Guest], bases: _Bases) -> tuple[BaseIdentity, list[str]]:
     """The base that all were made for, and warnings. Raises AdapterError for another architecture."""
     known = [(guest.source.name, guest.source.identity) for guest in guests if guest.source.identity is not None]
-    if bases.loaded is not None:
-        known.insert(0, (f"--base {bases.loaded.name}" if bases.name else bases.loaded.name, bases.loaded.identity()))
-    if not known:
-        known = [("the base", bases.obtain().identity())]
+    if bases.name:
+        bases.outlined()
+    if base := bases.known:
+        known.insert(0, (f"--base {base.name}" if bases.name else base.name, base.identity()))
     (first, identity), warnings = known[0], []
     for name, other in known[1:]:
         if other.architecture != identity.architecture:
@@ -214,6 +232,8 @@ def _identity(guests: Sequence[Guest], bases: _Bases) -> tuple[BaseIdentity, lis
             )
         if not same_values(other.values, identity.values):
             warnings.append(f"'{name}' was made for '{other.name}', which has other weights than '{identity.name}'")
+        if not identity.values:  # of an outline
+            identity = identity.model_copy(update={"values": other.values})
     return identity, warnings
 
 
