@@ -80,7 +80,7 @@ def tab():
             page.set_default_timeout(PATIENCE_MS)
             page.on("request", lambda request: inside(request.url) or faults.append(request.url))
             page.goto(URL + path)
-            page.wait_for_selector("h2.page")
+            page.wait_for_selector("h1.page")
             return page
 
         yield open_tab

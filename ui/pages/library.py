@@ -17,7 +17,7 @@ from studio.library import Entry
 from studio.paths import studio_home
 from ui import pieces
 from ui.commands import ask
-from ui.errors import plain
+from ui.errors import plain, sentence
 from ui.registry import Page
 
 A_PAGE = 24
@@ -97,7 +97,7 @@ def details(name: str) -> str:
         ("seed", facts["seed"]), ("size", pieces.size(facts["bytes"])), ("file", entry.path), ("run", facts["run"]),
     ]  # fmt: skip
     cells = [[pieces.text(key), pieces.text(value)] for key, value in rows if value not in ("", None)]
-    return f"<h3 class='step'>{pieces.text(name)}</h3>" + pieces.table(["", ""], cells)
+    return f"<h2 class='step'>{pieces.text(name)}</h2>" + pieces.table(["", ""], cells)
 
 
 # -- what can be done --------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def export(name: str, to: str, approximate: bool) -> tuple[Any, Any]:
     try:
         facts = ask("export", name, "--to", to, "--out", str(folder), *options)
     except StudioError as error:
-        return pieces.say(f"Refused: {error.message}. {error.hint}", "bad"), gr.update(visible=False)
+        return pieces.say(f"Refused. {sentence(error)}", "bad"), gr.update(visible=False)
     archive = shutil.make_archive(str(folder), "zip", folder)
     proof = pieces.say(f"Proven by reloading: {facts['status']}.", "good" if facts["status"] == "exact" else "")
     lines = "".join(f"<li>{pieces.text(line)}</li>" for line in facts.get("warnings", ()))
