@@ -67,8 +67,8 @@ def spectrogram(wave: np.ndarray, rate: int, width: int = WIDTH, height: int = H
     part = np.clip(wanted - below, 0, 1)
     levels = 10 * np.log10(power[:, below] * (1 - part) + power[:, below + 1] * part + 1e-12).T[::-1]
     strength = np.clip((levels - levels.max() + RANGE_DB) / RANGE_DB, 0, 1)
-    at, colours = zip(*HEAT, strict=True)
-    channels = [np.interp(strength, at, [colour[i] for colour in colours]) for i in range(3)]
+    at = [place for place, _ in HEAT]
+    channels = [np.interp(strength, at, [colour[i] for _, colour in HEAT]) for i in range(3)]
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8), "RGB")
 
 

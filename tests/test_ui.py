@@ -256,11 +256,12 @@ def test_curves_of_several_runs_lie_over_each_other(finished_run):
 
 def test_the_library_imports_finds_renames_removes_and_brings_back(adapter_file, monkeypatch):
     monkeypatch.setattr(library_page, "ask", lambda *_: [])
-    library_page.take_in(str(adapter_file), "")
+    library_page.take_in(str(adapter_file), "", 1)
     assert "say: <b>blip</b>" in library_page.cards("BLIP lora", 0, "")
     assert "Nothing found" in library_page.cards("dog", 0, "")
-    library_page.set_note("my-cat", "good at 0.8", "", 1)
-    library_page.rename("my-cat", "tom", "", 1)
+    assert "Nothing found" in library_page.cards("", 0, "", "sara", "")
+    assert "blip" in library_page.cards("", 0, "", "lora", "")
+    library_page.keep_words("my-cat", "tom", "good at 0.8", "", 1)
     assert [e.name for e in library_page.found("0.8")] == ["tom"]
     library_page.remove("tom", "", 1)
     assert library.entries() == []
@@ -279,7 +280,7 @@ def test_a_broken_file_is_not_taken_in(tmp_path, content):
     with pytest.raises(AdapterError, match="broken"):
         read_card(path)
     with pytest.raises(Exception, match="roken"):
-        library_page.take_in(str(path), "")
+        library_page.take_in(str(path), "", 1)
     assert library.entries() == []
 
 
@@ -717,7 +718,8 @@ close()
 
 
 def test_another_host_needs_a_password_that_nobody_else_can_read(tmp_path):
-    from ui.app import is_loopback, read_users, serve
+    from ui.access import is_loopback, read_users
+    from ui.app import serve
 
     assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
         True, True, True, False, False,

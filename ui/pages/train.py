@@ -44,7 +44,7 @@ def _cards(known: dict[str, dict[str, Any]], chosen: str) -> str:
         cards += (
             f"<button type='button' class='card' data-click='{pieces.text(name)}' "
             f"aria-pressed='{str(name == chosen).lower()}'>"
-            f"{picture}<span class='words'><b>{pieces.text(name.replace('-', ' '))}</b>"
+            f"{picture}<span class='words'><b>{pieces.text(name.replace('-', ' ').capitalize())}</b>"
             f"<span>{pieces.text(content['description'])}</span>"
             f"<small>{pieces.text(content['method']['kind'])}, {content['steps']} steps</small>{mark}</span></button>"
         )
