@@ -95,6 +95,7 @@ class Works:
     """What a base of some medium makes: how it is called, named, described and written."""
 
     noun: str
+    ending: str  # of a file, where nobody asks for another
     paths: Callable[[Path | None, int, str, bool], list[Path]]
     facts: Callable[[Request, int, Base, Sequence[Use]], dict]
     save: Callable[[Any, Path, dict], None]
@@ -104,14 +105,14 @@ def works_of(base: Base) -> Works:
     if base.medium == "audio":
         from studio.data.sounds import save_sound
 
-        return Works("sounds", sound_paths, sound_facts, save_sound)
+        return Works("sounds", ".wav", sound_paths, sound_facts, save_sound)
     if base.medium == "video":
         from studio.data.clip_files import save_clip
 
-        return Works("clips", clip_paths, clip_facts, save_clip)
+        return Works("clips", ".webp", clip_paths, clip_facts, save_clip)
     from studio.samples import save_image
 
-    return Works("pictures", picture_paths, facts_of, save_image)
+    return Works("pictures", ".png", picture_paths, facts_of, save_image)
 
 
 def missing_triggers(prompt: str, uses: Sequence[Use]) -> list[str]:

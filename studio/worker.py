@@ -1,10 +1,13 @@
-"""A process that keeps a base loaded and draws: one JSON request a line on stdin, answers a line each on stdout.
+"""A process that keeps a base loaded and makes what the base makes: one JSON request a line on stdin, answers a line
+each on stdout.
 
 Request: `{"id", "prompt", "negative", "base", "adapters": ["NAME:WEIGHT"], "steps", "guidance", "seed", "count",
-"width", "height", "folder", "wait"}`, or `{"cancel": id}`. Instead of a `count`, `cells` may say for each picture what
-differs from the request: a grid over strengths, seeds, adapters. Answers carry the id and one of: `note` (a sentence),
-`step` and `steps` of picture `number`, `preview` (a file), `picture` (a file) with `seed`, `warning`, `error` with
-`hint`, `done`. A training on the same machine is paused for each picture, or waited for if `wait` is true.
+"folder", "wait"}`, for pictures and clips `width` and `height`, for clips `frames`, `fps`, `loop` and `given` (files by
+the frame's number), for sounds `seconds`; or `{"cancel": id}`. Instead of a `count`, `cells` may say for each work what
+differs from the request: a grid over strengths, seeds, adapters. `regions` are `{"box", "adapter", "prompt"}` each.
+Answers carry the id and one of: `note` (a sentence), `step` and `steps` of work `number`, `preview` (a file), `picture`
+(a file, whatever its medium) with `seed` and of a sound pictures of it, `warning`, `error` with `hint`, `done`. A
+training on the same machine is paused for each work, or waited for if `wait` is true.
 The process ends when its stdin does.
 """
 
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from studio import jobs
-from studio.errors import RequestError, StudioError
+from studio.errors import StudioError
 
 PREVIEWS = 5  # intermediate pictures of each drawing
 LOOK_EVERY_SECONDS = 1.0
@@ -34,6 +37,43 @@ def cells_of(request: dict[str, Any]) -> list[dict[str, Any]]:
     common = {"adapters": [], "seed": 0, **request}
     changes = request.get("cells") or [{"seed": common["seed"] + i} for i in range(request.get("count", 1))]
     return [{**common, **change} for change in changes]
+
+
+def _layout(regions: Any) -> Any:
+    """The regions that are asked for, or None."""
+    if not regions:
+        return None
+    from studio.generation import parse_use
+    from studio.regions.layout import Layout, Region
+    from studio.regions.masks import Box
+
+    return Layout(
+        tuple(Region(Box(*r["box"]), r["prompt"], parse_use(r["adapter"]) if r["adapter"] else None) for r in regions)
+    )
+
+
+def _worn(base: Any, layout: Any, uses: list[Any], request: dict[str, Any]) -> Any:
+    from studio.generation import wearing
+    from studio.regions.drawing import drawing
+
+    size = request.get("width"), request.get("height")
+    return drawing(base, layout, uses, size) if layout else wearing(base, uses)
+
+
+def _given(files: dict[str, str], base: Any) -> dict[int, Any]:
+    """Pictures of given frames by number. Raises RequestError for a base without clips."""
+    from studio.generation import given_frames
+
+    return given_frames([f"{index}={file}" for index, file in files.items()], base, None, None, False) if files else {}
+
+
+def _drawn_sound(path: Path, base: Any) -> dict[str, Any]:
+    """Waveform and spectrogram of a sound."""
+    if base.medium != "audio":
+        return {}
+    from studio import waves
+
+    return waves.draw(path)
 
 
 class Cancelled(Exception):
@@ -87,32 +127,34 @@ class Worker:
 
     def draw(self, request: dict[str, Any]) -> None:
         """Raises StudioError for what cannot be drawn, Cancelled."""
-        from studio.generation import missing_triggers, parse_use, wearing
+        from studio.generation import missing_triggers, parse_use
 
         cells = cells_of(request)
         parsed = functools.cache(parse_use)
-        first = next((parsed(cell["adapters"][0]).base for cell in cells if cell["adapters"]), "sticker")
-        base = self._base(request, request.get("base") or first)
-        if base.medium != "image":
-            raise RequestError(f"'{base.name}' makes no pictures", "'studio generate' in a terminal makes what it does")
+        layout = _layout(request.get("regions") or ())
+        worn = [cell["adapters"][0] for cell in cells if cell["adapters"]]
+        firsts = [parsed(worn[0])] if worn else layout.uses if layout else []
+        base = self._base(request, request.get("base") or (firsts[0].base if firsts else "sticker"))
         told: set[str] = set()
         number = 0
         for texts, alike in itertools.groupby(cells, lambda cell: cell["adapters"]):
             uses = [parsed(text) for text in texts]
-            with wearing(base, uses) as warnings:
+            with _worn(base, layout, uses, request) as warnings:
                 lacking = [] if "cells" in request else missing_triggers(request["prompt"], uses)
                 for warning in (*warnings, *lacking):
                     if warning not in told:
                         self.say(request, warning=warning)
                     told.add(warning)
                 for cell in alike:
-                    self._draw_one(request, cell, number, base, uses)
+                    self._draw_one(request, cell, number, base, uses, layout.facts() if layout else {})
                     number += 1
 
-    def _draw_one(self, request: dict[str, Any], cell: dict[str, Any], number: int, base: Any, uses: list[Any]) -> None:
+    def _draw_one(
+        self, request: dict[str, Any], cell: dict[str, Any], number: int, base: Any, uses: list[Any],
+        also: dict[str, Any],
+    ) -> None:  # fmt: skip
         from studio.base import Request
-        from studio.generation import facts_of
-        from studio.samples import save_png
+        from studio.generation import works_of
 
         order = Request(
             [cell["prompt"]],
@@ -122,15 +164,21 @@ class Worker:
             guidance=cell.get("guidance"),
             width=cell.get("width"),
             height=cell.get("height"),
+            seconds=cell.get("seconds"),
+            frames=cell.get("frames"),
+            fps=cell.get("fps"),
+            loop=bool(cell.get("loop")),
+            given=_given(cell.get("given") or {}, base),
             on_step=self._reporter(request, number),
-            on_preview=self._previewer(request, number),
+            on_preview=self._previewer(request, number) if base.medium == "image" else None,
             previews=PREVIEWS,
         )
         with self._turn(request):
-            picture = base.generate(order)[0]
-        path = Path(request["folder"]) / f"{number:03d}.png"
-        save_png(picture, path, facts_of(order, 0, base, uses))
-        self.say(request, picture=str(path), number=number, seed=cell["seed"])
+            work = base.generate(order)[0]
+        works = works_of(base)
+        path = Path(request["folder"]) / f"{number:03d}{works.ending}"
+        works.save(work, path, works.facts(order, 0, base, uses) | also)
+        self.say(request, picture=str(path), number=number, seed=cell["seed"], **_drawn_sound(path, base))
 
     def _base(self, request: dict[str, Any], name: str) -> Any:
         from studio.bases.registry import load_base

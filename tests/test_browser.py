@@ -1,30 +1,39 @@
-"""A new user's walk in a real browser: teach the example, watch, stop, resume, draw, merge, export. Minutes, so slow.
+"""A new user's walk in a real browser: teach the example, watch, stop, resume, draw, merge, export; and what each page
+must be for everybody: reachable by keyboard, readable, fit for a phone, closed to what is not its own.
 
-Needs playwright and a Chromium; where either is missing, it says so and is skipped.
+Needs a Chromium, and playwright with axe (pip install '.[browser]'); where one is missing, it says so and is skipped.
 """
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("gradio", reason="the browser pages need gradio")
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found")]
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
+axe = pytest.importorskip("axe_playwright_python", reason="pip install '.[browser]'")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found: apt-get install chromium"),
+    pytest.mark.xdist_group("browser"),
+]
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "assets" / "examples" / "mascot"
-PORT = 7919
-URL = f"http://127.0.0.1:{PORT}/"
-PATIENCE_MS = 600_000
+PAGES = ("", "runs", "library", "merge", "compare", "generate", "system")
+PATIENCE_MS = int(os.environ.get("PATIENCE_MS", "240000"))
+STEPS = 60
 
 
 class Server:
@@ -32,155 +41,313 @@ class Server:
 
     def __init__(self, home):
         self.home, self.process = home, None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
 
     def start(self):
         environment = {**os.environ, "STUDIO_HOME": str(self.home), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "studio", "ui", "--port", str(PORT)]
+        command = [sys.executable, "-m", "studio", "ui", "--port", str(self.port)]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+    def wait(self):
+        """Until the pages are there; the one that says so has another status."""
         deadline = time.monotonic() + PATIENCE_MS / 1000
         while True:
             try:
-                return urllib.request.urlopen(URL, timeout=5).status
+                return urllib.request.urlopen(self.url, timeout=5).status
             except OSError:
                 assert self.process.poll() is None, "the server has ended"
                 assert time.monotonic() < deadline, "the server does not answer"
-                time.sleep(0.5)
+                time.sleep(0.3)
 
     def kill(self):
         self.process.kill()
         self.process.wait()
 
 
-@pytest.fixture
-def server(home):
-    """A server that is started; the trainings that it began end with the test."""
-    from studio import jobs
-
-    made = Server(home)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server on a home of its own; the trainings that it began end with the tests."""
+    made = Server(tmp_path_factory.mktemp("browser") / "home")
     made.start()
     yield made
     made.kill()
-    for job in jobs.jobs():
-        if job.process and jobs.is_alive(job.process):
-            os.killpg(job.process["pid"], signal.SIGKILL)
+    for process in running(made):
+        with_group(process, signal.SIGKILL)
+
+
+def running(server):
+    """Process ids of the trainings that are at work."""
+    records = [json.loads(path.read_text()) for path in (server.home / "jobs").glob("*.json")]
+    return [r["process"]["pid"] for r in records if r["phase"] == "started" and r["process"]]
+
+
+def with_group(process, number):
+    try:
+        os.killpg(process, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @pytest.fixture
-def tab():
-    """Opens tabs of a browser; gathers what goes wrong in them and each address outside this machine."""
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        faults = []
+def tab(server, browser):
+    """Opens tabs; gathers what goes wrong in them and each address outside this machine."""
+    faults = []
 
-        def inside(url):
-            return url.startswith((URL, "data:", "blob:"))
+    def open_tab(path="", width=1240, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 950}, color_scheme=scheme)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("request", lambda r: r.url.startswith((server.url, "data:", "blob:")) or faults.append(r.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(server.url + path)
+        page.wait_for_selector("h1.page")
+        return page
 
-        def open_tab(path="", width=1240):
-            page = browser.new_context(viewport={"width": width, "height": 950}).new_page()
-            page.set_default_timeout(PATIENCE_MS)
-            page.on("request", lambda request: inside(request.url) or faults.append(request.url))
-            page.goto(URL + path)
-            page.wait_for_selector("h2.page")
-            return page
-
-        yield open_tab
-        browser.close()
-        assert faults == []
+    yield open_tab
+    for context in browser.contexts:
+        context.close()
+    assert faults == []
 
 
-def fill(page, hint, text):
-    field = page.locator("label", has_text=hint).locator("input,textarea").first
+def fill(page, name, text):
+    field = page.locator(f"#f-{name}").first
     field.fill(text)
     field.blur()
 
 
-def begin(page, name, pictures, steps):
+def open_part(page, title):
+    page.locator("summary", has_text=title).first.click()
+
+
+@contextmanager
+def answered(page):
+    """The form that the server sends after what is done inside is there at the end."""
+    before = page.locator("[data-time]:visible").first.get_attribute("data-time")
+    yield
+    page.wait_for_function(
+        "before => [...document.querySelectorAll('[data-time]')].some(e => e.offsetParent && e.dataset.time > before)",
+        arg=before,
+    )
+
+
+def begin(page, name, pictures):
     """Drops pictures, names the thing, shortens the training under Advanced, starts it."""
-    page.wait_for_selector(".card")
+    page.locator(".card[data-click=subject]").wait_for()
     page.locator("input[type=file]").first.set_input_files([str(path) for path in pictures])
     page.wait_for_selector("textarea[data-edit]")
-    page.get_by_placeholder("my-cat").fill(name)
-    fill(page, "Optimizer steps. At least 1", str(steps))
-    page.get_by_text("Advanced").first.click()
-    page.get_by_text("Samples, checkpoints, export").click()
-    fill(page, "Steps between sample pictures", "10")
-    fill(page, "Sampling steps of those pictures", "4")
-    page.get_by_text("Pictures and captions").click()
-    fill(page, "How many class pictures", "0")
-    page.wait_for_selector("text=/How long|of steps/")
+    fill(page, "title", name)
+    fill(page, "steps", str(STEPS))
+    open_part(page, "Advanced")
+    open_part(page, "Samples, checkpoints, export")
+    for key, text in {"sample-every": "10", "sample-steps": "2", "sample-prompts": "a {trigger}\na dog"}.items():
+        fill(page, key, text)
+    open_part(page, "Pictures and captions")
+    fill(page, "data-prior-pictures", "0")
+    open_part(page, "Length, speed, precision")
+    fill(page, "batch-size", "1")
     page.click("#start")
     page.wait_for_selector(".run-head")
 
 
-def test_from_dropped_pictures_to_a_picture_of_a_merge_and_an_exported_lora(server, tab, home):
+def test_a_page_is_there_while_the_server_starts_and_gives_way(server, browser):
+    page = browser.new_context().new_page()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            page.goto(server.url)
+            break
+        except playwright.Error:
+            time.sleep(0.1)
+    page.wait_for_selector("h1.page, h1:has-text('the studio')")
+    page.wait_for_selector("h1.page", timeout=PATIENCE_MS)
+    page.context.close()
+    assert server.wait() == 200
+
+
+def test_a_training_survives_refresh_kill_and_stop_and_ends_in_the_library(server, tab):
+    server.wait()
     page = tab()
-    begin(page, "Bobo", sorted(EXAMPLE.iterdir()), 2000)
+    begin(page, "Bobo", sorted(EXAMPLE.iterdir())[:4])
     page.wait_for_selector("text=/time left/")
+    page.wait_for_selector(".grid tr:nth-child(2) [data-cell] img")
+    (process,) = running(server)
+    assert with_group(process, signal.SIGSTOP)  # so that it is not over before all this has been looked at
 
     other = tab()  # a second tab agrees, and a refresh loses nothing
-    other.wait_for_selector(".run-head:has-text('bobo')")
+    other.wait_for_selector(".run-head:has-text('bobo'):has-text('training')")
     page.reload()
     page.wait_for_selector(".run-head:has-text('training')")
-
-    server.kill()  # the training goes on without its server
+    server.kill()
     server.start()
-    page.reload()
+    server.wait()
+    assert with_group(process, signal.SIGCONT)
+    page = tab()
     page.wait_for_selector(".run-head:has-text('training')")
-    page.wait_for_selector(".grid [data-cell] img")
     page.get_by_role("button", name="Stop and keep").click()
     page.wait_for_selector("text=Stopped. Everything is saved")
-    cells = page.locator("[data-cell]")
+    assert page.locator(".curve polyline").count() == 2
+
+    cells = page.locator("[data-cell]:visible")
     cells.first.focus()
     page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    assert "the base" in page.locator("dialog p").inner_text()
+    assert page.locator("dialog p").inner_text() == "a dog (step 10)"
+    page.keyboard.press("ArrowUp")
+    assert page.locator("dialog p").inner_text() == "a dog (the base)"
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Resume").click()
-    page.wait_for_selector(".run-head:has-text('training')")
-    page.get_by_role("button", name="Stop and keep").click()
-    page.wait_for_selector("text=Stopped. Everything is saved")
+    page.wait_for_selector(".run-head:has-text('finished')")
+    page.wait_for_selector(f"text={STEPS} / {STEPS}")
+    assert (server.home / "library" / "bobo.safetensors").exists()
 
-    for name, folder in (("one", EXAMPLE), ("two", EXAMPLE.parent / "riso")):
-        begin(tab(), name, sorted(folder.glob("*.png"))[:4], 10)
-    page = tab()
-    page.wait_for_selector(".run-head:has-text('two'):has-text('finished')")
 
+@pytest.fixture(scope="module")
+def second_concept(server, tmp_path_factory):
+    """Another adapter of the same base, as a file: the first one with its changes turned round."""
+    from studio.adapter import load_adapter
+
+    adapter = load_adapter(server.home / "library" / "bobo.safetensors")
+    for number, parameter in enumerate(adapter.parameters()):
+        parameter.data.mul_(-1 if number % 3 else 1)
+    adapter.card = adapter.card.model_copy(update={"trigger": "dodo"})
+    path = tmp_path_factory.mktemp("files") / "Dodo.safetensors"
+    adapter.save(path)
+    return path
+
+
+def test_the_library_takes_files_in_refuses_broken_ones_brings_back_and_exports_with_proof(server, tab, second_concept):
     page = tab("library")
-    page.locator(".card", has_text="one").click()
+    page.locator(".card", has_text="bobo").wait_for()
+    broken = second_concept.with_name("broken.safetensors")
+    broken.write_bytes(second_concept.read_bytes()[:-100])
+    drop = page.locator("input[type=file]").first
+    drop.set_input_files(str(broken))
+    page.wait_for_selector("text=/truncated/i")
+    page.reload()
+    page.locator(".card", has_text="bobo").wait_for()
+    page.locator("input[type=file]").first.set_input_files(str(second_concept))
+    page.wait_for_selector(".card:has-text('dodo')")
+    name = page.get_by_label("Name")
+    name.fill("../outside")
+    name.press("Enter")
+    page.wait_for_selector("text=/That did not work/i")
+    page.get_by_role("button", name="Remove", exact=True).click()
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_selector(".card:has-text('dodo')")
+    page.locator(".card", has_text="bobo").click()
     page.get_by_text("Export for other programs").click()
     page.get_by_role("button", name="Export and prove").click()
     page.wait_for_selector("text=Proven by reloading: exact")
+    assert [path.name for path in (server.home / "library").glob("*.safetensors")].count("dodo.safetensors") == 1
 
+
+def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
+    page = tab("generate")
+    page.wait_for_selector("textarea.prompt")
+    page.fill("textarea.prompt", "on a green background")
+    page.locator("textarea.prompt").first.blur()
+    open_part(page, "Advanced")
+    fill(page, "steps", "2")
+    open_part(page, "Regions")
+    canvas = page.locator(".canvas").first
+    canvas.scroll_into_view_if_needed()
+    for start, end in ((0.05, 0.45), (0.55, 0.95)):
+        frame = canvas.bounding_box()
+        with answered(page):
+            page.mouse.move(frame["x"] + start * frame["width"], frame["y"] + 0.1 * frame["height"])
+            page.mouse.down()
+            page.mouse.move(frame["x"] + end * frame["width"], frame["y"] + 0.9 * frame["height"], steps=4)
+            page.mouse.up()
+    page.locator(".canvas .box").first.focus()
+    page.keyboard.press("ArrowLeft")
+    for number, name in enumerate(("bobo", "dodo")):
+        fill(page, f"region-{number}-prompt", f"a {name}, on a green background")
+        with answered(page):
+            page.select_option(f"#f-region-{number}-adapter", name)
+    page.click("#generate-image")
+    page.wait_for_selector(".works:not(.small) a[download]")
+    (picture,) = (server.home / "pictures").glob("*/000.png")
+    regions = json.loads(Image.open(picture).text["studio"])["regions"]
+    assert [region["adapter"] for region in regions] == ["bobo", "dodo"]
+    assert regions[0]["box"] == pytest.approx([0.03, 0.1, 0.43, 0.9], abs=0.02)
+
+    fresh = tab("generate")
+    fresh.wait_for_selector(".works.small")
+    with answered(fresh):
+        fresh.locator("input[type=file]").first.set_input_files(str(picture))
+    assert fresh.locator("#f-region-1-prompt").input_value() == "a dodo, on a green background"
+    for _ in range(2):
+        with answered(fresh):
+            fresh.get_by_role("button", name="Remove region 1").click()
+    with answered(fresh):
+        fresh.select_option("#f-add", "bobo")
+    open_part(fresh, "Sweep")
+    with answered(fresh):
+        fresh.select_option("#f-x", "strength")
+    fill(fresh, "xs", "0.5, 1")
+    fresh.click("#generate-image")
+    fresh.wait_for_selector(".grid td:nth-child(4) img")
+    assert fresh.locator(".grid thead th").all_inner_texts() == ["no adapter", "strength 0.5", "strength 1"]
+
+
+def test_two_concepts_are_merged_compared_and_kept(server, tab):
     page = tab("merge")
-    for name in ("one", "two"):
+    for name in ("bobo", "dodo"):
         page.locator("#concepts input").first.click()
         page.locator("[role=option]", has_text=name).first.click()
     page.keyboard.press("Escape")
-    fill(page, "Empty: the base's own", "4")
+    page.get_by_label("Steps").fill("2")
     page.click("#merge")
     page.wait_for_selector(".grid.large img")
     assert page.locator(".grid.large thead th").all_inner_texts()[-1] == "merged"
     page.get_by_role("button", name="Save to the library").click()
     page.wait_for_selector("text=It is in the library as")
-    assert (home / "library" / "one-and-two.safetensors").exists()
+    assert (server.home / "library" / "bobo-and-dodo.safetensors").exists()
 
 
-def test_pages_fit_a_phone_and_name_their_controls(server, tab):
-    for path in ("", "runs", "library", "merge", "compare", "generate", "system"):
+SERIOUS = ("serious", "critical")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_has_a_serious_fault_of_accessibility(tab, scheme):
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text()
+    found = {}
+    for path in PAGES:
+        page = tab(path, scheme=scheme)
+        page.wait_for_timeout(800)
+        page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+        page.evaluate(script)
+        for fault in page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]:
+            if fault["impact"] in SERIOUS:
+                nodes = [node["html"][:160] for node in fault["nodes"][:3]]
+                found[path, fault["id"]] = (fault["help"], nodes)
+        page.context.close()
+    assert found == {}
+
+
+def test_pages_fit_a_phone(tab):
+    for path in PAGES:
         page = tab(path, width=390)
-        page.wait_for_timeout(1000)
+        page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
-        nameless = page.evaluate(
-            "[...document.querySelectorAll('button, input, textarea, select')].filter(e => e.offsetParent !== null && "
-            "!(e.labels && e.labels.length) && !e.getAttribute('aria-label') && !e.getAttribute('aria-labelledby') && "
-            "!e.title && !e.textContent.trim()).map(e => e.outerHTML.slice(0, 120))"
-        )
-        assert nameless == [], path
+        page.context.close()
 
 
-def test_files_outside_the_served_folders_are_refused(server, home):
-    (home / "secret.txt").write_text("secret")
-    for path in (home / "secret.txt", ROOT / "pyproject.toml", home / "pictures" / ".." / "secret.txt"):
+def test_files_outside_the_served_folders_are_refused(server):
+    server.wait()
+    (server.home / "secret.txt").write_text("secret")
+    for path in (server.home / "secret.txt", ROOT / "pyproject.toml", server.home / "pictures" / ".." / "secret.txt"):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{URL}gradio_api/file={path}")
+            urllib.request.urlopen(f"{server.url}gradio_api/file={path}")
         assert refused.value.code in (403, 404)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from studio import jobs, library
+from studio.drawing import Engine
 from studio.errors import AdapterError, PresetError, RequestError, StudioError
 from studio.files import write_atomically
 from studio.paths import studio_home
@@ -21,10 +22,11 @@ from studio.thumbnails import make_thumbnails
 
 pytest.importorskip("gradio", reason="the browser pages need gradio")
 
-from ui import form, live, pieces, settings
+from ui import adapters, brought, form, live, order, pieces, settings, works
 from ui.blend import trial_of
 from ui.draft import Draft, draft_of
 from ui.estimate import estimate, remember_check
+from ui.order import Order, changed, order_of, request_of, without
 from ui.pages import compare, generate, merge, runs, train
 from ui.pages import library as library_page
 from ui.sweep import sweep_of
@@ -40,7 +42,7 @@ def gathered():
 @pytest.fixture(autouse=True)
 def known(gathered, monkeypatch):
     """The schemas as this process computes them, so that no test waits for another to do so."""
-    for module in (settings, merge):
+    for module in (settings, merge, order, adapters):
         monkeypatch.setattr(module, "schemas", lambda: gathered)
     settings.preset_fields.cache_clear()
     settings.method_fields.cache_clear()
@@ -94,14 +96,13 @@ def test_every_setting_of_every_preset_survives_the_way_through_the_widgets(gath
 
 
 def test_another_base_changes_what_the_preset_says_and_nothing_else():
-    at = settings.keys().index
     content = settings.presets()["subject"]
     other = settings.values_for_base("subject", "sdxl")
-    assert other[at("batch_size")] == "1"
-    assert other[at("orthogonal:target_modules")] == other[at("tlora:target_modules")] == "attention"
-    assert other[at("seed")] == {"__type__": "update"}  # left as it is
+    assert other["batch_size"] == "1"
+    assert other["orthogonal:target_modules"] == other["tlora:target_modules"] == "attention"
+    assert "seed" not in other
     own = settings.values_for_base("subject", content["base"])
-    assert own[at("batch_size")] == str(content["batch_size"])
+    assert own["batch_size"] == str(content["batch_size"])
 
 
 def test_yaml_goes_both_ways():
@@ -168,10 +169,14 @@ def test_a_draft_keeps_pictures_captions_and_form_for_another_tab(pictures, tmp_
         "a {trigger} in red", "a {trigger} in blue", "a green one", "",
     ]  # fmt: skip
     assert other.replace_in_captions("{trigger}", "{trigger} thing") == 2
-    train.save_form(draft.name, "style", "Tom", *settings.values_of(settings.presets()["style"]))
-    shown = train.restore(draft.name)
-    assert (shown[0], shown[1], shown[4]) == (draft.name, "style", "Tom")
-    assert "data-edit='2.png'" in shown[3]
+    train.choose_preset(draft.name, Clicked(name="style"))
+    train.edit(draft.name, Clicked(name="steps", values={"title": "Tom", "steps": "7"}))
+    name, _, _, _, cards, files, shown, *_ = train.restore(draft.name)
+    assert name == draft.name
+    assert cards.index("aria-pressed='true'") > cards.index("data-click='style'")
+    assert "data-edit='caption:2.png'" in files
+    assert "value='Tom'" in shown
+    assert "value='7'" in shown
     other.remove("0.png")
     assert [path.name for path in draft.pictures()] == ["1.png", "2.png", "3.png"]
 
@@ -189,10 +194,9 @@ def test_a_start_queues_a_training_on_a_copy_of_the_pictures(pictures, monkeypat
     monkeypatch.setattr(jobs, "advance", list)
     draft = draft_of("")
     draft.add(list(pictures.iterdir()))
-    values = settings.values_of(settings.presets()["subject"])
-    values[settings.keys().index("steps")] = "7"
-    train.start(draft.name, "subject", "My cat!", *values)
-    train.start(draft.name, "subject", "My cat!", *values)
+    press = Clicked(name="start", values={"title": "My cat!", "steps": "7"})
+    for _ in range(2):
+        list(train.act(draft.name, press))
     one, two = jobs.jobs()
     assert one.run != two.run
     assert one.arguments[one.arguments.index("--name") + 1] == "my-cat"
@@ -252,11 +256,12 @@ def test_curves_of_several_runs_lie_over_each_other(finished_run):
 
 def test_the_library_imports_finds_renames_removes_and_brings_back(adapter_file, monkeypatch):
     monkeypatch.setattr(library_page, "ask", lambda *_: [])
-    library_page.take_in(str(adapter_file), "")
+    library_page.take_in(str(adapter_file), "", 1)
     assert "say: <b>blip</b>" in library_page.cards("BLIP lora", 0, "")
     assert "Nothing found" in library_page.cards("dog", 0, "")
-    library_page.set_note("my-cat", "good at 0.8", "", 1)
-    library_page.rename("my-cat", "tom", "", 1)
+    assert "Nothing found" in library_page.cards("", 0, "", "sara", "")
+    assert "blip" in library_page.cards("", 0, "", "lora", "")
+    library_page.keep_words("my-cat", "tom", "good at 0.8", "", 1)
     assert [e.name for e in library_page.found("0.8")] == ["tom"]
     library_page.remove("tom", "", 1)
     assert library.entries() == []
@@ -275,7 +280,7 @@ def test_a_broken_file_is_not_taken_in(tmp_path, content):
     with pytest.raises(AdapterError, match="broken"):
         read_card(path)
     with pytest.raises(Exception, match="roken"):
-        library_page.take_in(str(path), "")
+        library_page.take_in(str(path), "", 1)
     assert library.entries() == []
 
 
@@ -308,15 +313,54 @@ def test_a_picture_restores_the_settings_it_was_drawn_with(tmp_path, adapter_fil
     facts = {
         "prompt": "a blip", "negative": "", "seed": 5, "steps": 9, "guidance": 3.5, "width": 64, "height": 64,
         "base": "sticker", "adapters": [{"name": "my-cat", "weight": 0.7}, {"name": "gone", "weight": 1}],
+        "regions": [{"box": [0, 0, 0.5, 1], "adapter": "my-cat", "weight": 0.4, "prompt": "a blip, left"}],
     }  # fmt: skip
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", facts)
-    found = generate.restore_from(str(tmp_path / "a.png"))
-    assert (found[0], found[2], found[3]["value"], found[4]["value"]) == ("a blip", "sticker", ["my-cat"], 0.7)
-    assert found[8:15] == [True, 5, 1, 9, 3.5, 64, 64]
-    knobs = ["a blip", "", "sticker", ["my-cat"], 0.7, 1.0, 1.0, 1.0, *found[8:15], False]
-    assert generate.request_of(tuple(knobs))["adapters"] == ["my-cat:0.7"]
+    told = order_of(draft_of(""), "image")
+    shown = generate.restore_from(told, tmp_path / "a.png")
+    assert "a blip</textarea>" in shown
+    request = request_of(order_of(told.draft, "image"))
+    assert {k: request[k] for k in ("prompt", "seed", "count", "steps", "guidance", "width", "adapters")} == {
+        "prompt": "a blip", "seed": 5, "count": 1, "steps": 9, "guidance": 3.5, "width": 64, "adapters": ["my-cat:0.7"],
+    }  # fmt: skip
+    assert request["regions"] == [{"box": [0, 0, 0.5, 1], "prompt": "a blip, left", "adapter": "my-cat:0.4"}]
     with pytest.raises(RequestError, match="nobody"):
-        generate.request_of((*knobs[:3], ["nobody"], *knobs[4:]))
+        request_of(dataclasses.replace(told, values={"prompt": "x"}, adapters=("nobody",)))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"seed": "-1"}, "Seed"),
+        ({"count": "17"}, "From 1 to 16"),
+        ({"steps": "ten"}, "whole number"),
+        ({"weight:my-cat": "99"}, "Strength"),
+        ({"region:0:prompt": ""}, "region 1 has no prompt"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused_before_anything_is_drawn(adapter_file, values, words):
+    library.add("my-cat", adapter_file, {})
+    good = {"prompt": "a blip", "region:0:prompt": "a blip"}
+    told = Order(draft_of(""), "image", {**good, **values}, ("my-cat",), ((0.0, 0.0, 0.5, 1.0),))
+    with pytest.raises(StudioError) as refused:
+        request_of(told)
+    assert words in f"{refused.value.message} {refused.value.hint}"
+
+
+def test_boxes_from_a_browser_are_inside_the_picture_or_refused():
+    told = order_of(draft_of(""), "image")
+    assert changed(told, {"boxes": "[[0, 0.25, 0.5, 1]]"}).boxes == ((0.0, 0.25, 0.5, 1.0),)
+    for boxes in ("[[0, 0, 2, 1]]", "[[0.5, 0, 0.2, 1]]", "[[0, 0, 1]]", "{", "[[0, 0, 1, 1]]" * 2, "[1]"):
+        with pytest.raises(RequestError):
+            changed(told, {"boxes": boxes})
+
+
+def test_taking_a_region_out_moves_the_prompts_of_the_others_along():
+    values = {"region:0:prompt": "a", "region:1:prompt": "b", "prompt": "x"}
+    told = Order(draft_of(""), "image", values, (), ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)))
+    left = without(told, "region", "0")
+    assert (left.values, left.boxes) == ({"prompt": "x", "region:0:prompt": "b"}, ((0.5, 0.0, 1.0, 1.0),))
 
 
 def test_the_worker_draws_as_the_command_line_does_and_ends_with_its_listener(tiny_base_folder, home, monkeypatch):
@@ -347,6 +391,80 @@ def test_the_worker_draws_as_the_command_line_does_and_ends_with_its_listener(ti
     assert sum("picture" in answer for answer in engine.draw({**request, "count": 1})) == 1
     engine.close()
     assert process.wait(30) == 0
+
+
+@pytest.fixture
+def other_media(gathered, monkeypatch, tmp_path):
+    """A base of clips and one of music: the page shows what bases say they make."""
+    from studio.bases.musicgen import MusicGen
+    from studio.bases.sticker_video.family import StickerVideo
+
+    folders = {"video": tmp_path / "clips", "audio": tmp_path / "music"}
+    StickerVideo.tiny().pipe.save_pretrained(folders["video"])
+    MusicGen.tiny().pipe.save_pretrained(folders["audio"])
+    rows = [
+        {"name": str(folder), "kind": "bundled", "medium": medium, "offline": True, "licence": "", "repo": ""}
+        for medium, folder in folders.items()
+    ]
+    known = {**gathered, "bases": [*rows, *gathered["bases"]]}
+    for module in (settings, order, adapters):
+        monkeypatch.setattr(module, "schemas", lambda: known)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    engine = Engine()
+    monkeypatch.setattr(generate, "ENGINE", engine)
+    yield folders
+    engine.close()
+
+
+def test_clips_and_music_are_made_shown_and_restored_on_the_same_page(other_media, pictures):
+    assert order.media() == ["image", "video", "audio"]
+    draft = draft_of("")
+    told = order_of(draft, "video")
+    assert order.give_frames(told, [pictures / "0.png", ROOT / "pyproject.toml"]) == [
+        "'pyproject.toml' is no picture that can be read"
+    ]
+    values = {"prompt": "a dog", "frames": "3", "fps": "8", "steps": "2", "loop": False, "width": "32", "height": "32"}
+    said = list(generate.act("video", draft.name, Clicked(name="generate", values=values)))
+    assert "1 made" in said[-2][1]
+    results = [part[2] for part in said if isinstance(part[2], str)][-1]
+    assert "sticker:whatsapp:" in results
+    (clip,) = works.history("video")
+    with Image.open(clip) as picture:
+        assert (picture.n_frames, picture.size) == (3, (32, 32))
+    assert "a dog</textarea>" in generate.restore_from(order_of(draft_of(""), "video"), clip)
+    sticker = generate.sticker(clip, "gif")
+    assert "fits what GIF takes" in sticker
+
+    values = {"prompt": "a drum", "seconds": "0.5", "seed": "4"}
+    said = list(generate.act("audio", draft.name, Clicked(name="generate", values=values)))
+    results = [part[2] for part in said if isinstance(part[2], str)][-1]
+    assert [word in results for word in ("<audio controls", "waveform", "spectrogram")] == [True] * 3
+    (sound,) = works.history("audio")
+    assert "value='4'" in generate.restore_from(order_of(draft_of(""), "audio"), sound)
+    assert works.history("image") == []
+    with pytest.raises(RequestError):
+        works.work_of("../../etc/passwd")
+
+
+def test_a_preset_of_recordings_takes_recordings_and_shows_players(tmp_path):
+    import numpy as np
+    import soundfile
+
+    soundfile.write(tmp_path / "tune.wav", np.sin(np.arange(8000) / 9), 8000)
+    (tmp_path / "broken.wav").write_text("no sound")
+    draft = draft_of("")
+    train.choose_preset(draft.name, Clicked(name="music"))
+    files = [str(tmp_path / name) for name in ("tune.wav", "broken.wav")]
+    shown, _, left_out = train.add_files(draft.name, [*files, __file__])
+    assert shown.count("<audio controls") == 1
+    assert "is no sound that can be read" in shown
+    assert "is no recording" in left_out
+    assert "2 recordings" in shown
+    assert draft_of(draft.name).pictures() == []  # pictures lie apart
+    form = train.restore(draft.name)[6]
+    assert "cut into pieces" in form
+    assert "emoji" not in form
 
 
 # -- merging -----------------------------------------------------------------------------------------------------
@@ -545,10 +663,10 @@ def test_time_and_memory_are_foretold_by_what_was_trained_before(finished_run, m
     finished_run.save_preset(settings.to_yaml({**content, "steps": 20}))
     assert "by the run '20261121-000000-cat'" in estimate(content)
     assert "not known yet" in estimate({**content, "base": "sdxl"})
-    values = settings.values_of(content)
-    assert "by the run" in train.foreseen("subject", values)
-    values[settings.keys().index("steps")] = "many"
-    assert train.foreseen("subject", values) == ""
+    draft = draft_of("")
+    assert "by the run" in train.foreseen(draft)
+    draft.save_form({"preset": "subject", "values": {"steps": "many"}})
+    assert "must be a whole number" in train.foreseen(draft)
 
 
 # -- the server --------------------------------------------------------------------------------------------------
@@ -600,7 +718,8 @@ close()
 
 
 def test_another_host_needs_a_password_that_nobody_else_can_read(tmp_path):
-    from ui.app import is_loopback, read_users, serve
+    from ui.access import is_loopback, read_users
+    from ui.app import serve
 
     assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
         True, True, True, False, False,
@@ -621,7 +740,7 @@ def test_another_host_needs_a_password_that_nobody_else_can_read(tmp_path):
 
 def test_text_from_outside_is_never_markup(finished_run):
     assert "<img" not in pieces.text("<img src=x onerror=alert(1)>")
-    assert "<script" not in train.report_of(
+    assert "<script" not in brought.report_of(
         {
             "pictures": 1, "left out": ["'<script>.png' is none"], "minutes in all, about": 1, "peak memory GiB": 1,
             "trained numbers": 3, "warning": [], "export": [],

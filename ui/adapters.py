@@ -10,16 +10,21 @@ import gradio as gr
 from studio import library
 from studio.cards import read_card
 from studio.errors import AdapterError, RequestError
+from studio.schemas import schemas
 
 
-def adapter_choices() -> list[tuple[str, str]]:
-    """The adapters of the library with the words that call them."""
+def adapter_choices(medium: str = "") -> list[tuple[str, str]]:
+    """The adapters of the library with the words that call them; of a medium, those whose base is not of another."""
+    media = {row["name"]: row["medium"] for row in schemas()["bases"]}
     found = []
     for entry in library.entries():
         try:
-            word = read_card(entry.path).get("trigger", "")
+            card = read_card(entry.path)
         except AdapterError:
             continue
+        if medium and media.get(card.get("base", {}).get("name", ""), medium) != medium:
+            continue
+        word = card.get("trigger", "")
         found.append((f"{entry.name} - say: {word}" if word else entry.name, entry.name))
     return found
 

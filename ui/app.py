@@ -6,7 +6,6 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing leaves this machine
 
-import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from studio.errors import RequestError
 from studio.jobs import Dispatcher
 from studio.paths import studio_home
 from ui import look
+from ui.access import users_for
 from ui.pages import generate
 from ui.registry import pages
 
@@ -43,23 +43,20 @@ def serve(
     auth: Path | None = None,
     announce: Callable[[str], None] = lambda url: None,
     wait: bool = True,
+    ready: Callable[[], None] = lambda: None,
 ) -> Any:
     """Serves until interrupted. Raises RequestError for a host that others reach, without a password.
 
-    With `wait=False`, returns (url, close) at once.
+    `ready` is called when the port is needed. With `wait=False`, returns (url, close) at once.
     """
-    users = read_users(auth) if auth is not None else None
-    if users is None and not is_loopback(host):
-        raise RequestError(
-            f"'{host}' can be reached by others, and there is no password",
-            "add --auth FILE with lines of the form name:password, or use --host 127.0.0.1",
-        )
+    users = users_for(host, auth)
     served = [pictures_dir(), studio_home() / "cache" / "served"]
     for folder in served:
         folder.mkdir(parents=True, exist_ok=True)
     app = build()
     dispatcher = Dispatcher()
     dispatcher.start()
+    ready()
     try:
         started = app.queue(default_concurrency_limit=8).launch(
             server_name=host, server_port=port, auth=users, auth_message="The studio", share=False, quiet=True,
@@ -86,25 +83,3 @@ def serve(
     finally:
         close()
     return None
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def read_users(path: Path) -> list[tuple[str, str]]:
-    """Lines `name:password`. Raises RequestError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        readable = path.stat().st_mode & 0o077
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read '{path}': {error}") from None
-    if readable:
-        raise RequestError(f"others on this machine can read the passwords in '{path}'", f"run: chmod 600 {path}")
-    users = [(name, password) for name, colon, password in (line.partition(":") for line in lines) if colon]
-    if not users or not all(name and len(password) >= 8 for name, password in users):
-        raise RequestError(f"'{path}' holds no usable password", "write lines name:password, 8 characters or more")
-    return users

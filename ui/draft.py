@@ -1,5 +1,8 @@
-"""What a person has prepared and not yet started: pictures, captions, settings. It lies on the server's disk, so a
-refresh, a second tab or another server loses nothing; the browser keeps only the draft's name."""
+"""What a person has prepared and not yet started: pictures, clips or sounds, captions, settings.
+
+It lies on the server's disk, so a refresh, a second tab or another server loses nothing; the browser keeps only the
+draft's name.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,20 @@ from studio import library
 from studio.errors import RequestError
 from studio.files import slug, slugify, write_atomically
 from studio.paths import studio_home
-from studio.thumbnails import SUFFIXES
+from studio.thumbnails import CLIP_SUFFIXES, SOUND_SUFFIXES, SUFFIXES
 
 MOST_PICTURES = 1000
-MOST_BYTES = 64 << 20  # of one file
+MOST_BYTES = {"image": 64 << 20, "video": 128 << 20, "audio": 512 << 20}  # of one file
+ENDINGS = {"image": SUFFIXES, "video": CLIP_SUFFIXES, "audio": SOUND_SUFFIXES}
+NOUNS = {"image": "picture", "video": "clip", "audio": "recording"}
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One draft. Creating the object touches nothing."""
+    """One draft. Creating the object touches nothing. What is brought along lies in a folder for each medium."""
 
     name: str
+    medium: str = "image"
 
     @property
     def folder(self) -> Path:
@@ -33,15 +39,16 @@ class Draft:
 
     @property
     def pictures_dir(self) -> Path:
-        return self.folder / "pictures"
+        return self.folder / f"{NOUNS[self.medium]}s"
 
     # -- settings ----------------------------------------------------------------------------------------------
 
-    def form(self) -> dict[str, Any]:
-        return self._read("form.json")
+    def form(self, name: str = "form") -> dict[str, Any]:
+        """What a form says: that of a training, or another one of this browser's."""
+        return self._read(f"{slug(name)}.json")
 
-    def save_form(self, form: dict[str, Any]) -> None:
-        write_atomically(self.folder / "form.json", json.dumps(form))
+    def save_form(self, form: dict[str, Any], name: str = "form") -> None:
+        write_atomically(self.folder / f"{slug(name)}.json", json.dumps(form))
 
     def report(self) -> dict[str, Any]:
         """What `studio check` said of this draft, or {} if something has changed since."""
@@ -67,12 +74,13 @@ class Draft:
         """The pictures, in the order of their names."""
         if not self.pictures_dir.is_dir():
             return []
-        return sorted(path for path in self.pictures_dir.iterdir() if path.suffix.lower() in SUFFIXES)
+        return sorted(path for path in self.pictures_dir.iterdir() if path.suffix.lower() in ENDINGS[self.medium])
 
     def add(self, files: Sequence[Path]) -> list[str]:
         """Takes in copies of pictures and of the captions beside them. Returns a sentence for each left out."""
         self.pictures_dir.mkdir(parents=True, exist_ok=True)
         left_out = []
+        noun, endings, most = NOUNS[self.medium], ENDINGS[self.medium], MOST_BYTES[self.medium]
         for path in sorted(files, key=lambda path: path.suffix.lower() == ".txt"):
             suffix = path.suffix.lower()
             target = self.pictures_dir / f"{slugify(path.stem)}{suffix}"
@@ -80,13 +88,13 @@ class Draft:
                 if any(picture.stem == target.stem for picture in self.pictures()):
                     target.write_text(path.read_text(errors="replace")[:2000])
                 else:
-                    left_out.append(f"'{path.name}' belongs to no picture")
-            elif suffix not in SUFFIXES:
-                left_out.append(f"'{path.name}' is no picture: {', '.join(SUFFIXES)} are")
-            elif path.stat().st_size > MOST_BYTES:
-                left_out.append(f"'{path.name}' is larger than {MOST_BYTES >> 20} MB")
+                    left_out.append(f"'{path.name}' belongs to no {noun}")
+            elif suffix not in endings:
+                left_out.append(f"'{path.name}' is no {noun}: {', '.join(endings)} are")
+            elif path.stat().st_size > most:
+                left_out.append(f"'{path.name}' is larger than {most >> 20} MB")
             elif len(self.pictures()) >= MOST_PICTURES:
-                left_out.append(f"'{path.name}' is one too many: {MOST_PICTURES} pictures at most")
+                left_out.append(f"'{path.name}' is one too many: {MOST_PICTURES} {noun}s at most")
             else:
                 shutil.copyfile(path, self._free(target))
         self.changed()
@@ -137,7 +145,7 @@ class Draft:
     def _picture(self, name: str) -> Path:
         found = next((path for path in self.pictures() if path.name == name), None)
         if found is None:
-            raise RequestError(f"there is no picture '{name}' here", "reload the page")
+            raise RequestError(f"there is no {NOUNS[self.medium]} '{name}' here", "reload the page")
         return found
 
     def freeze(self, name: str) -> Path:
@@ -147,11 +155,11 @@ class Draft:
         return target
 
 
-def draft_of(name: Any) -> Draft:
+def draft_of(name: Any, medium: str = "image") -> Draft:
     """The draft that a browser names, or a new one."""
     text = str(name or "")
     plain = len(text) == 12 and all(letter in "0123456789abcdef" for letter in text)
-    return Draft(text if plain else uuid.uuid4().hex[:12])
+    return Draft(text if plain else uuid.uuid4().hex[:12], medium)
 
 
 def free_run(name: str) -> tuple[str, str]:

@@ -12,9 +12,14 @@ import gradio as gr
 from studio.errors import StudioError
 
 
+def sentence(error: StudioError) -> str:
+    """What is wrong, then what to do."""
+    parts = [part for part in (error.message, error.hint) if part]
+    return " ".join(part[:1].upper() + part[1:].rstrip(".") + "." for part in parts)
+
+
 def said(error: StudioError) -> gr.Error:
-    text = f"{error.message}. {error.hint}" if error.hint else error.message
-    return gr.Error(text[:1].upper() + text[1:] + ".", duration=12, print_exception=False, title="That did not work")
+    return gr.Error(sentence(error), duration=12, print_exception=False, title="That did not work")
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,7 +70,7 @@ def head(folder: Path, trace: Trace, state: str) -> str:
     name, when = title_of(folder)
     part = f"<progress max='{max(total, 1)}' value='{done}' aria-label='step {done} of {total}'></progress>"
     return (
-        f"<div class='run'><div class='run-head'><h3>{pieces.text(name)}</h3>{pieces.badge(state)}"
+        f"<div class='run'><div class='run-head'><h2>{pieces.text(name)}</h2>{pieces.badge(state)}"
         f"<small>{pieces.text(when)}</small></div>"
         f"{part if total else ''}<dl class='facts'>{''.join(_fact(*pair) for pair in _facts(trace, state))}</dl>"
         f"{_sentence(folder, trace, state)}{_warnings(trace)}</div>"

@@ -18,8 +18,8 @@ PLUM = gr.themes.Color(
 )  # fmt: skip
 PAPER = gr.themes.Color(
     name="paper",
-    c50="#faf8f5", c100="#f3efe9", c200="#e5dfd6", c300="#cfc6ba", c400="#9d9489", c500="#70685f",
-    c600="#575049", c700="#3f3a36", c800="#292624", c900="#1d1b1a", c950="#131211",
+    c50="#faf7f2", c100="#f3efe9", c200="#e5dfd6", c300="#cfc6ba", c400="#9d9489", c500="#70685f",
+    c600="#575049", c700="#3f3a36", c800="#292624", c900="#1d1b1a", c950="#141213",
 )  # fmt: skip
 
 
@@ -31,12 +31,12 @@ def theme() -> gr.themes.Base:
         body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
         body_text_color="*neutral_900", body_text_color_dark="*neutral_100",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
-        block_background_fill="white", block_background_fill_dark="*neutral_900",
+        block_background_fill="white", block_background_fill_dark="#1e1b1c",
         block_border_width="1px", block_border_color="*neutral_200", block_border_color_dark="*neutral_800",
         block_label_background_fill="transparent", block_label_background_fill_dark="transparent",
         block_label_text_color="*neutral_600", block_label_text_color_dark="*neutral_300",
         block_label_border_width="0px", block_shadow="none", block_title_text_weight="600",
-        block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_300",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         input_background_fill="*neutral_50", input_background_fill_dark="*neutral_950",
         input_border_width="1px", input_border_color="*neutral_300", input_border_color_dark="*neutral_700",
         input_border_color_focus="*primary_500", input_border_color_focus_dark="*primary_400",

@@ -6,26 +6,44 @@ import base64
 import hashlib
 import html
 import shutil
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from studio.drawing import pictures_dir
 from studio.paths import studio_home
-from studio.thumbnails import make_thumbnails
+from studio.thumbnails import SOUND_SUFFIXES, make_thumbnails
 
-# An element with data-click or data-edit inside the component tells the server its name, and a field its text.
+# An element with data-click or data-edit inside the component tells the server its name, a field also its value; both
+# tell `values`, what all the fields of the component say.
 TELL = """
+const said = t => t.type === 'checkbox' ? t.checked : t.value;
+const values = () => {
+  const found = {};
+  element.querySelectorAll('[data-edit]').forEach(t => {
+    const key = t.dataset.edit;
+    if (t.dataset.option === undefined) found[key] = said(t);
+    else { found[key] = found[key] || []; if (t.checked) found[key].push(t.dataset.option); }
+  });
+  return found;
+};
 element.addEventListener('click', e => {
   const t = e.target.closest('[data-click]');
-  if (t) { e.preventDefault(); trigger('click', {name: t.dataset.click}); }
+  if (t) { e.preventDefault(); trigger('click', {name: t.dataset.click, values: values()}); }
 });
 element.addEventListener('change', e => {
   const t = e.target.closest('[data-edit]');
-  if (t) trigger('input', {name: t.dataset.edit, text: t.value});
+  if (t) trigger('input', {name: t.dataset.edit, text: said(t), values: values()});
 });
 """
+
+
+def anew(form: str) -> str:
+    """A form that takes the place of the one shown even if the server sent the same before: a person may have typed."""
+    return f"<div data-time='{time.time_ns()}'>{form}</div>"
 
 
 def text(value: Any) -> str:
@@ -33,11 +51,15 @@ def text(value: Any) -> str:
 
 
 def heading(title: str, lead: str) -> str:
-    return f"<h2 class='page'>{text(title)}</h2><p class='lead'>{text(lead)}</p>"
+    return f"<h1 class='page'>{text(title)}</h1><p class='lead'>{text(lead)}</p>"
 
 
 def step(number: int, title: str) -> str:
-    return f"<h3 class='step'><i>{number}</i>{text(title)}</h3>"
+    return f"<h2 class='step'><i aria-hidden='true'>{number}</i>{text(title)}</h2>"
+
+
+def part(title: str) -> str:
+    return f"<h2 class='step'>{text(title)}</h2>"
 
 
 def say(sentence: str, kind: str = "") -> str:
@@ -138,6 +160,16 @@ def _as_it_is(path: Path, _changed: int) -> str:
     try:
         if path.suffix not in TYPES or path.stat().st_size > SMALL_BYTES:
             return ""
+        if path.is_relative_to(pictures_dir()):  # where the server gives files from
+            return file_url(path)
+        return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError:
+        return ""
+
+
+def inside(path: Path) -> str:
+    """A small picture of the studio's own as a data URL, read anew each time; "" if it is not there."""
+    try:
         return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
     except OSError:
         return ""
@@ -176,7 +208,7 @@ def picture_grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path
     """
     if not rows:
         return ""
-    urls = own_pictures([path for _, row in rows for path in row if path is not None])
+    urls = own_pictures([p for _, row in rows for p in row if p is not None and p.suffix not in SOUND_SUFFIXES])
     head = "".join(f"<th scope='col'>{text(name)}</th>" for name in columns)
     body = ""
     for name, row in rows:
@@ -189,9 +221,17 @@ def picture_grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path
 def _cell(title: str, path: Path | None, urls: dict[Path, str]) -> str:
     if path is None:
         return "<td class='coming'></td>"
+    if path.suffix in SOUND_SUFFIXES:
+        return f"<td class='sound'>{player(path, title)}</td>"
     full = "" if _as_it_is(path, _mark(path)) else f" data-full='{text(file_url(served(path)))}'"
     picture = f"<img alt='{text(title)}' src='{urls[path]}'{full}>" if urls[path] else "missing"
     return f"<td><button data-cell type='button' title='{text(title)}'>{picture}</button></td>"
+
+
+def player(path: Path, title: str) -> str:
+    """A player of a sound of the studio's own."""
+    address = text(file_url(path if path.is_relative_to(pictures_dir()) else served(path)))
+    return f"<audio controls preload='none' aria-label='{text(title)}' src='{address}'></audio>"
 
 
 def file_url(path: Path) -> str:

@@ -31,10 +31,12 @@ def ui(
     """Train, look, draw and keep, in the browser. Example: studio ui --port 7860"""
     if library is not None:
         os.environ["STUDIO_LIBRARY"] = str(library.expanduser().resolve())  # for the trainings begun from there too
-    say("starting; the first start takes longer, since the settings of all methods are gathered")
+    importlib.import_module("ui.access").users_for(host, auth)
+    waiting = importlib.import_module("ui.waiting").Waiting(host, port)
+    say(f"open http://{host}:{port}/ in a browser; Ctrl-C ends it, trainings go on")
     threading.Thread(target=_gather, daemon=True).start()  # by another process, while this one imports gradio
     try:
         app = importlib.import_module("ui.app")
     except ModuleNotFoundError as error:
         raise MissingPart(f"the browser pages need '{error.name}'", "pip install 'gradio>=6.31,<7'") from None
-    app.serve(host, port, auth, announce=lambda url: say(f"open {url} in a browser; Ctrl-C ends it, trainings go on"))
+    app.serve(host, port, auth, announce=lambda url: say("ready"), ready=waiting.close)

@@ -47,7 +47,7 @@ def side_by_side(names: list[str] | None) -> str:
     return (
         pieces.table(heads, rows)
         + _alike(list(cards.values()))
-        + f"<h3 class='step'>What it cost</h3>{pieces.table(['', *cards], facts)}"
+        + f"<h2 class='step'>What it cost</h2>{pieces.table(['', *cards], facts)}"
         + "".join(_sheet(name, card_folder(known[name])) for name in cards)
     )
 
@@ -151,7 +151,7 @@ def build() -> None:
         chosen = gr.Dropdown([], label=f"Cards, {COMPARED} at most", multiselect=True, max_choices=COMPARED)
         table = gr.HTML()
     with gr.Column(elem_classes="section"):
-        gr.HTML("<h3 class='step'>Evaluate an adapter</h3>")
+        gr.HTML("<h2 class='step'>Evaluate an adapter</h2>")
         with gr.Row(equal_height=True):
             name = gr.Dropdown(
                 [], label="Adapter", scale=3, info="Its training's own pictures, if they are there, are the references."

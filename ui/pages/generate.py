@@ -1,254 +1,272 @@
-"""Generate: a prompt, adapters with their strengths, pictures; and everything drawn before."""
+"""Generate: a prompt, adapters with their strengths, and what the base makes of them; and everything made before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from studio import library
-from studio.drawing import Engine, pictures_dir
-from studio.errors import RequestError
-from ui import pieces, settings
-from ui.adapters import adapter_choices, checked, make_sliders, sliders
-from ui.errors import plain
+from studio.drawing import Engine
+from studio.errors import RequestError, StudioError
+from studio.paths import studio_home
+from ui import fields, order, pieces, works
+from ui.commands import ask
+from ui.draft import ENDINGS as UPLOADS
+from ui.draft import draft_of
+from ui.errors import plain, said
+from ui.order import Order, order_of
 from ui.registry import Page
-from ui.sweep import AXES, EXAMPLES, Sweep, sweep_of
+from ui.sweep import Sweep, sweep_of
 
-MOST_ADAPTERS = 4
-MOST_PICTURES = 16
-HISTORY = 60
-WIDE = 384  # pixels from which a picture needs more room
 ENGINE = Engine()
+LARGE_GRID = 16  # pictures, from which a sweep's are small
 
 
-def history() -> list[tuple[str, str]]:
-    """The pictures drawn last, newest first."""
-    folders = sorted(pictures_dir().glob("*"), reverse=True) if pictures_dir().is_dir() else []
-    pictures = [path for folder in folders[:HISTORY] for path in sorted(folder.glob("*.png"))]
-    return [(str(path), path.parent.name.split("-", 2)[-1].rsplit("-", 1)[0]) for path in pictures[:HISTORY]]
-
-
-def request_of(values: tuple[Any, ...]) -> dict[str, Any]:
-    """What the page asks the drawing process for. Raises RequestError."""
-    prompt, negative, base, names, *rest = values
-    strengths, (_, seed, count, steps, guidance, width, height, wait, *_) = rest[:MOST_ADAPTERS], rest[MOST_ADAPTERS:]
-    if not str(prompt or "").strip():
-        raise RequestError("the prompt is empty", "say what to draw, for example: a dog, on a blue background")
-    names = checked(names)
-    return {
-        "prompt": prompt.strip(), "negative": negative or "", "base": base or None, "seed": int(seed or 0),
-        "adapters": [f"{name}:{weight}" for name, weight in zip(names, strengths, strict=False)],
-        "steps": int(steps) if steps else None, "guidance": float(guidance) if guidance is not None else None,
-        "count": min(max(1, int(count or 1)), MOST_PICTURES), "width": int(width) if width else None,
-        "height": int(height) if height else None, "wait": bool(wait),
-    }  # fmt: skip
-
-
-NOTHING = gr.skip()
+def form_of(told: Order) -> str:
+    return pieces.anew(order.html(told))
 
 
 @plain
-def draw(*values: Any) -> Iterator[tuple[Any, ...]]:
-    """Pictures as they come: (gallery, preview, sentence, next seed, history, sweep)."""
-    request = request_of(values)
-    x, xs, y, ys, without = values[-5:]
-    sweep = sweep_of(x, xs, y, ys, without, request["adapters"])
-    if sweep is not None:
-        request["cells"] = sweep.cells(request)
+def edit(medium: str, name: str, event: gr.EventData) -> Any:
+    """Keeps the form; what brings or takes fields draws it anew."""
+    before = order_of(draft_of(name), medium)
+    now = order.changed(before, dict(event._data.get("values", {}))).keep()
+    key = str(event._data.get("name", ""))
+    anew = key in ("add", "x", "y", "boxes", "width", "height") or key.endswith(":adapter")
+    moved = key == "boxes" and len(now.boxes) == len(before.boxes)
+    return form_of(now) if anew and not moved else gr.skip()
+
+
+def act(medium: str, name: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+    """The form's buttons. Yields (form, said, results, shelf)."""
+    what, _, which = str(event._data.get("name", "")).partition(":")
+    told = order.changed(order_of(draft_of(name), medium), dict(event._data.get("values", {}))).keep()
+    nothing = gr.skip()
+    if what == "stop":
+        ENGINE.cancel()
+    elif what == "drop":
+        yield form_of(order.without(told, *which.split(":", 1)).keep()), nothing, nothing, nothing
+    elif what == "region":
+        yield form_of(replace(told, boxes=((0, 0, 0.5, 1), (0.5, 0, 1, 1))).keep()), nothing, nothing, nothing
+    else:
+        try:
+            yield from ((nothing, *shown) for shown in draw(told))
+            following = _next(order_of(draft_of(name), medium), told)
+            yield form_of(following) if following else nothing, nothing, nothing, shelf_of(medium)
+        except StudioError as error:
+            raise said(error) from None
+
+
+def draw(told: Order) -> Iterator[tuple[Any, Any, Any]]:
+    """Works as they come: (said, results, shelf). Raises StudioError."""
+    request, sweep = order.request_of(told), _sweep(told)
     total = len(request.get("cells", ())) or request["count"]
-    pictures: list[tuple[str, str]] = []
+    made: list[tuple[Path, str]] = []
     warnings: list[str] = []
-    notes: list[str] = []
+    note, preview = "", ""
 
-    def shown(gallery: Any = NOTHING, preview: Any = NOTHING, said: Any = NOTHING, *rest: Any) -> tuple[Any, ...]:
-        return gallery, preview, said, *rest, *[NOTHING] * (3 - len(rest))
+    def results() -> str:
+        return _swept(sweep, made, total) if sweep else works.shown(made, total - len(made))
 
-    yield shown(_shown([]), gr.update(visible=False), pieces.say("Starting to draw."), NOTHING, NOTHING, "")
+    yield pieces.say("Starting.", "busy"), results(), gr.skip()
     for answer in ENGINE.draw(request):
         if "error" in answer:
             raise RequestError(answer["error"], answer.get("hint", ""))
         if "warning" in answer:
             warnings.append(f"Note: {answer['warning']}.")
         elif "note" in answer:
-            notes = [answer["note"]]
-            yield shown(said=_progress([*warnings, *notes], ""))
+            note = answer["note"]
+            yield _progress([*warnings, note], "", 0, ""), gr.skip(), gr.skip()
         elif "preview" in answer:
-            yield shown(preview=gr.update(visible=True, value=_loaded(answer["preview"])))
+            preview = pieces.inside(Path(answer["preview"]))
         elif "step" in answer:
-            where = f"Picture {answer['number'] + 1} of {total}, step {answer['step']} of {answer['steps']}"
+            noun = order.NOUNS[told.medium].capitalize()
+            where = f"{noun} {answer['number'] + 1} of {total}, step {answer['step']} of {answer['steps']}"
             part = (answer["number"] + answer["step"] / answer["steps"]) / total
-            yield shown(said=_progress([*warnings, *notes], where, part))
+            yield _progress([*warnings, note], where, part, preview), gr.skip(), gr.skip()
         elif "picture" in answer:
-            pictures.append((answer["picture"], f"seed {answer['seed']}"))
-            if sweep is None:
-                yield shown(drawn(pictures), gr.update(visible=False))
-            else:
-                yield shown(
-                    NOTHING, gr.update(visible=False), NOTHING, NOTHING, NOTHING, _swept(sweep, pictures, total)
-                )
-    locked, seed = values[4 + MOST_ADAPTERS], request["seed"]
-    done = pieces.say(" ".join([f"{len(pictures)} drawn.", *warnings]), "good" if pictures else "")
-    following = seed if locked or sweep is not None else seed + request["count"]
-    yield shown(NOTHING, gr.update(visible=False), done, following, _shown(history()))
+            made.append((Path(answer["picture"]), f"{told.get('prompt')} - seed {answer['seed']}"))
+            preview = ""
+            yield gr.skip(), results(), gr.skip()
+    words = " ".join([f"{len(made)} made.", *warnings])
+    yield pieces.say(words, "good" if made and not warnings else ""), gr.skip() if made else "", gr.skip()
 
 
-def _swept(sweep: Sweep, pictures: list[tuple[str, str]], total: int) -> str:
-    found: list[Path | None] = [Path(path) for path, _ in pictures]
-    return pieces.picture_grid(sweep.columns, sweep.grid([*found, *[None] * (total - len(found))]), large=total <= 16)
+def _sweep(told: Order) -> Sweep | None:
+    adapters = [f"{name}:1" for name in told.adapters]
+    return sweep_of(told.get("x"), told.get("xs"), told.get("y"), told.get("ys"), told.get("bare", True), adapters)
 
 
-def _shown(pictures: list[tuple[str, str]]) -> Any:
-    """A gallery takes no room while it is empty; large pictures get more of it."""
-    return gr.update(value=list(pictures), visible=bool(pictures))
+def _next(now: Order, told: Order) -> Order | None:
+    """The form with the seed moved on, if it is to move."""
+    if told.get(order.LOCK.key, True) or told.get("x") or told.get("y"):
+        return None
+    following = int(told.number(order.SEED)) + int(told.number(order.COUNT))
+    return replace(now, values={**now.values, "seed": str(following)}).keep()
 
 
-def drawn(pictures: list[tuple[str, str]]) -> Any:
-    """The pictures of this drawing: two in a row if they are large, one alone as large as the page."""
-    wide = bool(pictures) and _width(pictures[0][0]) > WIDE
-    columns = min(2, len(pictures)) if wide else 4
-    return gr.update(value=list(pictures), visible=bool(pictures), columns=columns)
+def _swept(sweep: Sweep, made: list[tuple[Path, str]], total: int) -> str:
+    found: list[Path | None] = [path for path, _ in made]
+    grid = sweep.grid([*found, *[None] * (total - len(found))])
+    return pieces.picture_grid(sweep.columns, grid, large=total <= LARGE_GRID)
 
 
-def _width(path: str) -> int:
-    from PIL import Image
-
-    with Image.open(path) as picture:  # the studio's own
-        return picture.width
-
-
-def _loaded(path: str) -> Any:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.copy()
-
-
-def _progress(notes: list[str], where: str, part: float = 0.0) -> str:
+def _progress(notes: list[str], where: str, part: float, preview: str) -> str:
+    told = pieces.say(" ".join(filter(None, notes)), "busy")
+    picture = f"<img src='{preview}' alt='as it looks so far'>" if preview else ""
     bar = f"<progress max='1' value='{part:.3f}' aria-label='{pieces.text(where)}'></progress>" if where else ""
-    return f"<div class='run'>{pieces.say(' '.join(notes))}{bar}<p class='lead'>{pieces.text(where)}</p></div>"
+    return f"{told}<div class='preview'>{picture}<div>{bar}<p class='lead'>{pieces.text(where)}</p></div></div>"
 
 
-# -- restoring ---------------------------------------------------------------------------------------------------
+# -- what was made before ----------------------------------------------------------------------------------------
+
+
+def shelf_of(medium: str) -> str:
+    made = works.history(medium)
+    if made:
+        return works.shelf(made)
+    noun = order.NOUNS[medium]
+    if not order.bases_here(medium):
+        names = ", ".join(row["name"] for row in order.schemas()["bases"] if row["medium"] == medium)
+        return pieces.empty(
+            f"No base that makes a {noun} is here yet",
+            f"{names}: choose one under Advanced, and it is downloaded first.",
+        )
+    example = fields.button("example", f"Make one: {order.TRY[medium]}", "primary")
+    return f"<div class='empty'><b>No {noun}s yet</b>Write a prompt above, or see how it goes.<p>{example}</p></div>"
+
+
+def act_on_work(medium: str, name: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+    """Restores a work's settings, makes a sticker of it, or the example. Yields (form, said, results, shelf)."""
+    what, _, which = str(event._data.get("name", "")).partition(":")
+    told = order_of(draft_of(name), medium)
+    try:
+        if what == "example":
+            told = replace(told, values={**told.values, "prompt": order.TRY[medium]}).keep()
+            yield form_of(told), gr.skip(), gr.skip(), gr.skip()
+            yield from ((gr.skip(), *shown) for shown in draw(told))
+            yield gr.skip(), gr.skip(), gr.skip(), shelf_of(medium)
+        elif what == "use":
+            yield restore_from(told, works.work_of(which)), gr.skip(), gr.skip(), gr.skip()
+        elif what == "sticker":
+            target, _, work = which.partition(":")
+            yield (
+                gr.skip(),
+                pieces.say(f"Fitting it to {works.STICKERS.get(target, target)}.", "busy"),
+                gr.skip(),
+                gr.skip(),
+            )
+            yield gr.skip(), sticker(works.work_of(work), target), gr.skip(), gr.skip()
+    except StudioError as error:
+        raise said(error) from None
+
+
+def sticker(path: Path, target: str) -> str:
+    """Fits a clip to a messenger's limits and offers the file. Raises WorkError."""
+    ending = works.TARGETS[target].ending if target in works.TARGETS else ""
+    out = studio_home() / "cache" / "served" / f"{path.parent.name}-{path.stem}-{target}{ending}"
+    facts = ask("sticker", str(path), "--for", target, "--out", str(out), "--force")
+    facts = {k: v for k, v in facts.items() if k != "sticker" and isinstance(v, str | int | float)}
+    rows = [[pieces.text(key.replace("_", " ")), pieces.text(value)] for key, value in facts.items()]
+    url, name = pieces.text(pieces.file_url(out)), pieces.text(out.name)
+    link = f"<a class='button primary' href='{url}' download='{name}'>Download {name}</a>"
+    ready = pieces.say(f"It fits what {works.STICKERS.get(target, target)} takes.", "good")
+    return f"{ready}<p>{link}</p>{pieces.table(['', ''], rows)}"
+
+
+def restore_from(told: Order, file: Path) -> str:
+    """The form with the settings that a work was made with, read from the file itself. Raises RequestError."""
+    found = pieces.thumbnails([file])[file]
+    if "error" in found:
+        raise RequestError(f"this file {found['error']}")
+    if "prompt" not in found["facts"]:
+        raise RequestError("this file does not say how it was made", "what the studio makes does")
+    now, missing = order.restored(told, found["facts"])
+    if missing:
+        gr.Warning(f"Not in the library: {', '.join(missing)}", title="Adapters left out")
+    gr.Info("It makes the same again.", title="Settings restored")
+    return form_of(now.keep())
 
 
 @plain
-def restore_from(file: str | None) -> list[Any]:
-    """The settings that a picture of the studio was drawn with, read from the picture itself."""
-    if not file:
-        return [gr.skip()] * (12 + MOST_ADAPTERS)
-    found = pieces.thumbnails([Path(file)])[Path(file)]
-    if "error" in found:
-        raise RequestError(f"the picture {found['error']}")
-    facts = found["facts"]
-    if "prompt" not in facts:
-        raise RequestError("this picture does not say how it was made", "pictures drawn by the studio do")
-    known = {entry.name for entry in library.entries()}
-    uses = [use for use in facts.get("adapters", ()) if isinstance(use, dict)][:MOST_ADAPTERS]
-    missing = [str(use.get("name")) for use in uses if use.get("name") not in known]
-    if missing:
-        gr.Warning(f"Not in the library: {', '.join(missing)}", title="Adapters left out")
-    uses = [use for use in uses if use.get("name") in known]
-    strengths = [float(use.get("weight", 1)) for use in uses] + [1.0] * (MOST_ADAPTERS - len(uses))
-    names = [use["name"] for use in uses]
-    gr.Info("Generate draws the same picture again.", title="Settings restored")
-    return [
-        facts["prompt"], facts.get("negative", ""), facts.get("base"),
-        gr.update(value=names, choices=adapter_choices()), *sliders(names, *strengths),
-        True, facts.get("seed", 0), 1, facts.get("steps"), facts.get("guidance"), facts.get("width"),
-        facts.get("height"), None,
-    ]  # fmt: skip
+def drop(medium: str, name: str, file: str | None) -> tuple[Any, None]:
+    told = order_of(draft_of(name), medium)
+    return (restore_from(told, Path(file)) if file else gr.skip()), None
 
 
-def restore_chosen(event: gr.SelectData) -> list[Any]:
-    shown = history()
-    index = event.index if isinstance(event.index, int) else -1
-    return restore_from(shown[index][0] if 0 <= index < len(shown) else None)
+@plain
+def give(name: str, files: list[str] | None) -> tuple[Any, None]:
+    told = order_of(draft_of(name), "video")
+    if left_out := order.give_frames(told, [Path(file) for file in files or ()]):
+        gr.Warning("; ".join(left_out), title="Left out")
+    return form_of(told), None
 
 
-def opened() -> list[Any]:
-    return [gr.update(choices=adapter_choices()), _shown(history())]
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def build_medium(medium: str, draft: Any) -> tuple[Any, Any]:
+    """A form, what comes of it, and what came before. Returns form and shelf."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    many: dict[str, Any] = {**quiet, "trigger_mode": "multiple", "concurrency_limit": 4}
+    with gr.Column(elem_classes="section"):
+        form = gr.HTML(js_on_load=pieces.TELL)
+        if medium == "video":
+            given = gr.File(
+                label="Drop pictures that are frames of the clip", file_count="multiple",
+                file_types=list(UPLOADS["image"]), height=100, elem_classes="drop",
+            )  # fmt: skip
+            given.upload(give, [draft, given], [form, given], **quiet)
+    told = gr.HTML()
+    results = gr.HTML(js_on_load=pieces.TELL)
+    with gr.Column(elem_classes="section"):
+        gr.HTML(pieces.part("Made before"))
+        shelf = gr.HTML(js_on_load=pieces.TELL)
+        file = gr.File(
+            label=f"Drop a {order.NOUNS[medium]} that the studio made, to restore its settings",
+            file_types=list(UPLOADS[medium]), height=100, elem_classes="drop",
+        )  # fmt: skip
+    shown = [form, told, results, shelf]
+
+    def edited(name: str, event: gr.EventData) -> Any:  # the library knows an event by its annotation
+        return edit(medium, name, event)
+
+    def pressed(name: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        yield from act(medium, name, event)
+
+    def chosen(name: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        yield from act_on_work(medium, name, event)
+
+    form.input(edited, draft, form, **quiet)
+    form.click(pressed, draft, shown, **many)
+    for place in (results, shelf):
+        place.click(chosen, draft, shown, **many)
+    file.upload(partial(drop, medium), [draft, file], [form, file], **quiet)
+    return form, shelf
 
 
 def build() -> None:
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    gr.HTML(pieces.heading("Generate", "Say what to draw. With an adapter, use its word."))
-    with gr.Column(elem_classes="section"):
-        prompt = gr.Textbox(
-            label="Prompt", lines=2, placeholder="a dog, on a blue background", elem_classes="prompt", elem_id="prompt",
-            max_length=2000,
-        )  # fmt: skip
-        with gr.Row():
-            adapters = gr.Dropdown(
-                [], label="Adapters", info=f"Up to {MOST_ADAPTERS}, together.", multiselect=True,
-                max_choices=MOST_ADAPTERS, scale=2, elem_id="adapters",
-            )  # fmt: skip
-            count = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=MOST_PICTURES, min_width=90)
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-            lock = gr.Checkbox(True, label="Keep the seed", info="Off: it moves on.", min_width=120)
-        with gr.Row():
-            strengths = make_sliders(MOST_ADAPTERS)
-        with gr.Accordion("Advanced", open=False):
-            with gr.Row():
-                base = gr.Dropdown(
-                    [("the adapter's, else sticker", ""), *settings.base_choices()], value="", label="Base",
-                    allow_custom_value=True,
-                )  # fmt: skip
-                negative = gr.Textbox(label="Not to draw")
-            with gr.Row():
-                steps = gr.Number(
-                    None, label="Steps", info="Empty: the base's own.", precision=0, minimum=1, maximum=1000
-                )
-                guidance = gr.Number(None, label="Guidance", info="Empty: the base's own.")
-                width = gr.Number(None, label="Width", info="Pixels. Empty: the base's own.", precision=0)
-                height = gr.Number(None, label="Height", info="Pixels. Empty: the base's own.", precision=0)
-            wait = gr.Checkbox(label="Wait for a running training instead of pausing it for each picture")
-        with gr.Accordion("Sweep: a grid over strength, seed, steps or guidance", open=False), gr.Row():
-            axes = []
-            for label in ("Columns", "Rows"):
-                axis = gr.Dropdown(AXES, value="", label=label, min_width=180)
-                numbers = gr.Textbox(label=f"Values of the {label.lower()}", min_width=180, info="With commas between.")
-                axis.input(lambda kind: EXAMPLES.get(kind, ""), axis, numbers, **quiet)
-                axes += [axis, numbers]
-            without = gr.Checkbox(True, label="A column without adapters", min_width=180)
-        with gr.Row():
-            go = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
-            stop = gr.Button("Stop", size="lg", scale=0, min_width=120)
-    said = gr.HTML()
-    with gr.Row():
-        preview = gr.Image(
-            label="Being drawn", visible=False, height=260, interactive=False, buttons=[], min_width=220, scale=1,
-        )  # fmt: skip
-        gallery = gr.Gallery(
-            label="Pictures",
-            columns=4,
-            height="auto",
-            object_fit="contain",
-            buttons=["download", "fullscreen"],
-            scale=3,
-            visible=False,
-            elem_id="pictures",
-        )
-    sheet = gr.HTML()
-    with gr.Accordion("Drawn before: choose one to restore its settings", open=True):
-        before = gr.Gallery(
-            label="History", show_label=False, columns=10, height="auto", object_fit="cover", fit_columns=False,
-            allow_preview=False,
-            buttons=[], visible=False,
-        )  # fmt: skip
-        file = gr.File(label="Or drop a picture that the studio drew", file_types=[".png", ".jpg", ".webp"], height=150)
-    knobs = [prompt, negative, base, adapters, *strengths, lock, seed, count, steps, guidance, width, height]
-    drawing = gr.on(
-        [go.click, prompt.submit], draw, [*knobs, wait, *axes, without], [gallery, preview, said, seed, before, sheet],
-        show_progress="hidden", api_name="draw", concurrency_limit=4,
-    )  # fmt: skip
-    stop.click(lambda: ENGINE.cancel(), None, None, cancels=[drawing], **quiet)
-    adapters.change(sliders, [adapters, *strengths], strengths, **quiet)
-    file.upload(restore_from, file, [*knobs, file], **quiet)
-    before.select(restore_chosen, None, [*knobs, file], **quiet)
-    gr.on(None, opened, None, [adapters, before], **quiet)
+    gr.HTML(pieces.heading("Generate", "Say what to make. With an adapter, use its word."))
+    draft = gr.BrowserState("", storage_key="studio-draft", secret="studio")
+    media = order.media()
+    parts: list[Any] = []
+    if len(media) == 1:
+        parts += build_medium(media[0], draft)
+    else:
+        with gr.Tabs():
+            for medium in media:
+                with gr.Tab(order.TITLES[medium], id=medium):
+                    parts += build_medium(medium, draft)
+
+    def opened(name: str | None) -> list[Any]:
+        own = draft_of(name)  # one for all tabs, also if the browser has none yet
+        return [own.name, *(part for m in media for part in (form_of(order_of(own, m)), shelf_of(m)))]
+
+    gr.on(None, opened, draft, [draft, *parts], show_progress="hidden", api_visibility="private")
 
 
 PAGE = Page("Generate", "generate", 40, build)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -15,9 +16,11 @@ from studio.errors import AdapterError, RequestError, StudioError
 from studio.files import slug, slugify
 from studio.library import Entry
 from studio.paths import studio_home
-from ui import pieces
+from ui import order, pieces
 from ui.commands import ask
-from ui.errors import plain
+from ui.draft import draft_of
+from ui.errors import plain, sentence
+from ui.evaluations import card_of
 from ui.registry import Page
 
 A_PAGE = 24
@@ -44,24 +47,40 @@ def facts_of(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def found(search: str) -> list[Entry]:
-    """The adapters whose name or facts have all words of the search, newest first."""
-    words = search.lower().split()
+FILTERS = ("method", "base")
+
+
+def found(search: str, chosen: tuple[str, ...] = ()) -> list[Entry]:
+    """The adapters whose name or facts have all words of the search, newest first; of the chosen method and base."""
+    words, wanted = search.lower().split(), [(key, value) for key, value in zip(FILTERS, chosen, strict=False) if value]
     entries = sorted(library.entries(), key=lambda e: e.path.stat().st_mtime, reverse=True)
-    if not words:
+    if not words and not wanted:
         return entries
+    known = [(entry, facts_of(entry)) for entry in entries]
     return [
-        e for e in entries if all(w in f"{e.name} {' '.join(map(str, facts_of(e).values()))}".lower() for w in words)
+        entry
+        for entry, facts in known
+        if all(facts[key] == value for key, value in wanted)
+        and all(word in f"{entry.name} {' '.join(map(str, facts.values()))}".lower() for word in words)
     ]
 
 
-def cards(search: str, page: int, chosen: str) -> str:
-    entries = found(search)
+def filter_choices() -> list[Any]:
+    """What there is to choose from, for each filter."""
+    facts = [facts_of(entry) for entry in library.entries()]
+    listed = [sorted({str(f[key]) for f in facts if f[key]}) for key in FILTERS]
+    return [gr.update(choices=[("all", ""), *((value, value) for value in values)]) for values in listed]
+
+
+def cards(search: str, page: int, chosen: str, *filters: str) -> str:
+    entries = found(search, filters)
     if not entries:
-        if search:
-            return pieces.empty("Nothing found", f"No adapter has '{search}' in its name, method, base, word or note.")
-        return pieces.empty(
-            "The library is empty", "Finished trainings come here by themselves. Start one under Train."
+        if search or any(filters):
+            return pieces.empty("Nothing found", "No adapter has these words, this method and this base.")
+        link = "<p><a class='button primary' href='.'>Teach the first one</a></p>"
+        return (
+            "<div class='empty'><b>The library is empty</b>Finished trainings come here by themselves, and adapters "
+            f"can be dropped below.{link}</div>"
         )
     shown = entries[page * A_PAGE : (page + 1) * A_PAGE]
     previews = pieces.own_pictures([e.path.with_suffix(".png") for e in shown if e.path.with_suffix(".png").exists()])
@@ -72,17 +91,20 @@ def cards(search: str, page: int, chosen: str) -> str:
 def _card(entry: Entry, url: str, chosen: bool) -> str:
     facts, name = facts_of(entry), pieces.text(entry.name)
     picture = f"<img src='{url}' alt='a picture drawn with it'>" if url else "<span class='blank'>no picture</span>"
-    trigger = f"<span>say: <b>{pieces.text(facts['trigger'])}</b></span>" if facts["trigger"] else ""
+    trigger = f"<span class='say-it'>say <b>{pieces.text(facts['trigger'])}</b></span>" if facts["trigger"] else ""
+    figures = card_of(entry).get("figures", {})
+    told = [f"{key} {figures[key]:.2f}" for key in ("similarity", "drift") if isinstance(figures.get(key), float)]
+    measured = f"<span>{pieces.text(', '.join(told))}</span>" if told else ""
     note = f"<span>{pieces.text(facts['note'])}</span>" if facts["note"] else ""
     return (
         f"<button type='button' class='card' data-click='{name}' aria-pressed='{str(chosen).lower()}'>"
-        f"{picture}<span class='words'><b>{name}</b>{trigger}{note}<small>{pieces.text(facts['method'])} on "
+        f"{picture}<span class='words'><b>{name}</b>{trigger}{note}{measured}<small>{pieces.text(facts['method'])} on "
         f"{pieces.text(facts['base'])}, {pieces.size(facts['bytes'])}</small></span></button>"
     )
 
 
-def pager(search: str, page: int) -> Any:
-    last = max(0, (len(found(search)) - 1) // A_PAGE)
+def pager(search: str, page: int, *filters: str) -> Any:
+    last = max(0, (len(found(search, filters)) - 1) // A_PAGE)
     return gr.update(visible=last > 0, maximum=max(2, last + 1), value=page + 1)
 
 
@@ -97,33 +119,43 @@ def details(name: str) -> str:
         ("seed", facts["seed"]), ("size", pieces.size(facts["bytes"])), ("file", entry.path), ("run", facts["run"]),
     ]  # fmt: skip
     cells = [[pieces.text(key), pieces.text(value)] for key, value in rows if value not in ("", None)]
-    return f"<h3 class='step'>{pieces.text(name)}</h3>" + pieces.table(["", ""], cells)
+    return pieces.part(name) + pieces.table(["", ""], cells)
+
+
+def take_to_generate(name: str, browser: str | None) -> str:
+    """Puts the adapter and its word into the form of its medium. Returns the browser's draft."""
+    entry = next((e for e in library.entries() if e.name == name), None)
+    if entry is None:
+        raise RequestError(f"there is no adapter '{name}'", "reload the page")
+    facts, draft = facts_of(entry), draft_of(browser)
+    rows = {row["name"]: row["medium"] for row in order.schemas()["bases"]}
+    told = order.order_of(draft, rows.get(facts["base"], "image"))
+    word = facts["trigger"].split(", ")[0]
+    dataclasses.replace(told, adapters=(name,), values={**told.values, "prompt": f"a {word}", "base": ""}).keep()
+    return draft.name
 
 
 # -- what can be done --------------------------------------------------------------------------------------------
 
 
-def choose(search: str, page: float, event: gr.EventData) -> list[Any]:
-    return _chosen(str(event._data.get("name", "")), search, int(page) - 1)
+def choose(search: str, page: float, method: str, base: str, event: gr.EventData) -> list[Any]:
+    return _chosen(str(event._data.get("name", "")), search, page, method, base)
 
 
-def _chosen(name: str, search: str, page: int) -> list[Any]:
+def _chosen(name: str, search: str, page: float, *filters: str) -> list[Any]:
     entry = next((e for e in library.entries() if e.name == name), None)
     note = entry.facts.get("note", "") if entry else ""
-    return [name, cards(search, page, name), details(name), gr.update(visible=entry is not None), name, note, ""]
+    shown = cards(search, int(page) - 1, name, *filters)
+    return [name, shown, details(name), gr.update(visible=entry is not None), name, note, ""]
 
 
 @plain
-def rename(name: str, new: str, search: str, page: float) -> list[Any]:
+def keep_words(name: str, new: str, note: str, search: str, page: float, *filters: str) -> list[Any]:
+    """Renames, and keeps the note."""
     if new != name:
-        library.rename(name, new)
-    return _chosen(new, search, int(page) - 1)
-
-
-@plain
-def set_note(name: str, text: str, search: str, page: float) -> list[Any]:
-    library.note(name, text[:500])
-    return _chosen(name, search, int(page) - 1)
+        library.rename(name, slug(new))
+    library.note(new, note[:500])
+    return _chosen(new, search, page, *filters)
 
 
 def bin_dir() -> Path:
@@ -132,7 +164,7 @@ def bin_dir() -> Path:
 
 
 @plain
-def remove(name: str, search: str, page: float) -> list[Any]:
+def remove(name: str, search: str, page: float, *filters: str) -> list[Any]:
     """Moves an adapter to the bin, whence `undo` brings it back."""
     path = library.library_dir() / f"{slug(name)}.safetensors"
     if not path.exists():
@@ -142,11 +174,11 @@ def remove(name: str, search: str, page: float) -> list[Any]:
     for suffix in (".json", ".png", ".safetensors"):
         if path.with_suffix(suffix).exists():
             shutil.move(path.with_suffix(suffix), folder / f"{name}{suffix}")
-    return [*_chosen("", search, int(page) - 1), gr.update(visible=True, value=f"Undo: bring back '{name}'")]
+    return [*_chosen("", search, page, *filters), gr.update(visible=True, value=f"Undo: bring back '{name}'")]
 
 
 @plain
-def undo(search: str, page: float) -> list[Any]:
+def undo(search: str, page: float, *filters: str) -> list[Any]:
     """Brings the adapter that was removed last back."""
     folders = sorted(bin_dir().iterdir(), reverse=True) if bin_dir().is_dir() else []
     if not folders:
@@ -156,7 +188,7 @@ def undo(search: str, page: float) -> list[Any]:
     for path in folders[0].iterdir():
         shutil.move(path, library.library_dir() / f"{free}{path.suffix}")
     folders[0].rmdir()
-    return [*_chosen(free, search, int(page) - 1), gr.update(visible=False)]
+    return [*_chosen(free, search, page, *filters), gr.update(visible=False)]
 
 
 @plain
@@ -170,7 +202,7 @@ def export(name: str, to: str, approximate: bool) -> tuple[Any, Any]:
     try:
         facts = ask("export", name, "--to", to, "--out", str(folder), *options)
     except StudioError as error:
-        return pieces.say(f"Refused: {error.message}. {error.hint}", "bad"), gr.update(visible=False)
+        return pieces.say(f"Refused. {sentence(error)}", "bad"), gr.update(visible=False)
     archive = shutil.make_archive(str(folder), "zip", folder)
     proof = pieces.say(f"Proven by reloading: {facts['status']}.", "good" if facts["status"] == "exact" else "")
     lines = "".join(f"<li>{pieces.text(line)}</li>" for line in facts.get("warnings", ()))
@@ -180,7 +212,7 @@ def export(name: str, to: str, approximate: bool) -> tuple[Any, Any]:
 
 
 @plain
-def take_in(file: str | None, search: str) -> list[Any]:
+def take_in(file: str | None, search: str, page: float, *filters: str) -> list[Any]:
     """Adds a dropped adapter file, after its header was looked at. The name of the file becomes its name."""
     if not file:
         return [gr.skip()] * 7 + [None]
@@ -191,45 +223,64 @@ def take_in(file: str | None, search: str) -> list[Any]:
     ask("inspect", str(path))  # reads it all, apart: damaged values are found now and not when drawing
     name = library.free_name(slugify(path.stem))
     library.add(name, path, {"note": "", "imported": True})
-    return [*_chosen(name, search, 0), None]
+    return [*_chosen(name, search, 1, *filters), None]
 
 
 def build() -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    draft = gr.BrowserState("", storage_key="studio-draft", secret="studio")
     gr.HTML(pieces.heading("Library", "Your adapters. Choose one to use, rename or take elsewhere."))
     chosen = gr.State("")
-    with gr.Row():
-        search = gr.Textbox(label="Search", placeholder="name, method, base, word or note", scale=3)
-        page = gr.Slider(1, 2, 1, step=1, label="Page", visible=False, min_width=140)
-        back = gr.Button("Undo", visible=False, min_width=160)
-    with gr.Row():
+    with gr.Row(elem_classes="section"):
+        search = gr.Textbox(label="Search", placeholder="name, method, base, word or note", scale=3, min_width=220)
+        filters = [
+            gr.Dropdown([("all", "")], value="", label=key.capitalize(), min_width=140, filterable=False)
+            for key in FILTERS
+        ]
+        page = gr.Slider(1, 2, 1, step=1, label="Page", visible=False, min_width=160)
+    back = gr.Button("Undo", visible=False, size="lg")
+    with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
             grid = gr.HTML(js_on_load=pieces.TELL)
-            file = gr.File(label="Drop an adapter (.safetensors) to import it", file_types=[".safetensors"], height=150)
+            with gr.Column(elem_classes="section"):
+                file = gr.File(
+                    label="Drop an adapter (.safetensors) to import it", file_types=[".safetensors"], height=100,
+                    elem_classes="drop",
+                )  # fmt: skip
         with gr.Column(scale=2, min_width=320, elem_classes="section"):
             facts = gr.HTML()
             with gr.Column(visible=False) as actions:
-                gr.Button("Draw with it", link="/generate", variant="primary")
-                name = gr.Textbox(label="Name", info="Letters, digits, '.', '-' and '_'. Enter renames.")
-                note = gr.Textbox(label="Note", placeholder="good at 0.8", info="Enter keeps it.")
+                use = gr.Button("Generate with it", variant="primary")
+                name = gr.Textbox(label="Name", info="Letters, digits, '.', '-' and '_'.")
+                note = gr.Textbox(label="Note", placeholder="good at 0.8")
+                keep = gr.Button("Keep name and note")
                 with gr.Accordion("Export for other programs", open=False):
-                    to = gr.Dropdown(FORMATS, value="diffusers", label="Format")
+                    to = gr.Dropdown(FORMATS, value="diffusers", label="Format", filterable=False)
                     approximate = gr.Checkbox(label="Accept a measured error where exact is impossible")
                     write = gr.Button("Export and prove")
                     download = gr.DownloadButton("Download", visible=False, variant="primary")
                 delete = gr.Button("Remove", variant="stop")
             proof = gr.HTML()
     shown = [chosen, grid, facts, actions, name, note, proof]
-    grid.click(choose, [search, page], shown, **quiet)
-    name.submit(rename, [chosen, name, search, page], shown, **quiet)
-    note.submit(set_note, [chosen, note, search, page], shown, **quiet)
-    delete.click(remove, [chosen, search, page], [*shown, back], **quiet)
-    back.click(undo, [search, page], [*shown, back], **quiet)
+    place = [search, page, *filters]
+    grid.click(choose, place, shown, **quiet)
+    gr.on([name.submit, note.submit, keep.click], keep_words, [chosen, name, note, *place], shown, **quiet)
+    use.click(plain(take_to_generate), [chosen, draft], draft, **quiet).success(
+        None, None, None, js="() => { window.location.href = 'generate'; }"
+    )
+    delete.click(remove, [chosen, *place], [*shown, back], **quiet)
+    back.click(undo, place, [*shown, back], **quiet)
     write.click(export, [chosen, to, approximate], [proof, download], api_name="export")
-    file.upload(take_in, [file, search], [*shown, file], show_progress="minimal", api_visibility="private")
-    search.change(lambda s, c: [cards(s, 0, c), pager(s, 0)], [search, chosen], [grid, page], **quiet)
-    page.release(lambda s, p, c: cards(s, int(p) - 1, c), [search, page, chosen], grid, **quiet)
-    gr.on(None, lambda s: [cards(s, 0, ""), pager(s, 0), details("")], search, [grid, page, facts], **quiet)
+    file.upload(take_in, [file, *place], [*shown, file], show_progress="minimal", api_visibility="private")
+    gr.on(
+        [search.change, *(f.input for f in filters)],
+        lambda s, c, *f: [cards(s, 0, c, *f), pager(s, 0, *f)], [search, chosen, *filters], [grid, page], **quiet,
+    )  # fmt: skip
+    page.release(lambda c, s, p, *f: cards(s, int(p) - 1, c, *f), [chosen, *place], grid, **quiet)
+    gr.on(
+        None, lambda s: [cards(s, 0, ""), pager(s, 0), details(""), *filter_choices()], search,
+        [grid, page, facts, *filters], **quiet,
+    )  # fmt: skip
 
 
 PAGE = Page("Library", "library", 30, build)

@@ -16,7 +16,7 @@ from studio.errors import PresetError, RequestError
 from studio.files import slugify
 from studio.paths import studio_home
 from studio.schemas import schemas
-from ui import form, pieces
+from ui import examples, fields, form, pieces
 from ui.adapters import adapter_choices, checked, make_sliders, sliders
 from ui.blend import Blend, Trial, trial_of, trigger_of
 from ui.commands import ask
@@ -27,13 +27,14 @@ from ui.registry import Page
 
 MOST_CONCEPTS = 6
 MOST_PROMPTS = 6
-MOST_SEEDS = 4
 RANK = Field(
     "rank", "text", "Highest rank of a layer: a number, or auto. Empty: what the strategy gives.", optional=True
 )
 TOLERANCE = Field(
     "tolerance", "float", "Relative error that a lower rank may cost.", optional=True, minimum=0, below=1
 )  # fmt: skip
+PROMPT_SEEDS = Field("seeds", "int", "Each prompt is drawn with so many.", default=1, minimum=1, maximum=4)
+STEPS = Field("steps", "int", "Sampling steps. Empty: the base's own.", optional=True, minimum=1, maximum=1000)
 SEED = Field("seed", "int", "Of dare and della, which drop numbers at random.", default=0, minimum=0)
 
 
@@ -88,9 +89,10 @@ def merged(blend: Blend) -> Trial:
 
 
 @plain
-def run(names: list[str] | None, prompts: str, seeds: float, steps: float | None, strategy: str, *rest: Any) -> Any:
+def run(names: list[str] | None, prompts: str, seeds: Any, steps: Any, strategy: str, *rest: Any) -> Any:
     """Merges, then draws each prompt with the base alone, each concept alone, and the merge: (report, sheet, trial)."""
     blend = blend_of(names, rest[:MOST_CONCEPTS], strategy, rest[MOST_CONCEPTS:])
+    count, sampling = form.value_of(PROMPT_SEEDS, seeds), form.value_of(STEPS, steps)
     yield pieces.say("Merging. This looks at every layer and takes some seconds."), "", gr.skip(), gr.skip()
     trial = merged(blend)
     kept = gr.update(value=_free_name(blend.names)), trial.folder.name
@@ -99,9 +101,7 @@ def run(names: list[str] | None, prompts: str, seeds: float, steps: float | None
     if not lines:
         yield gr.skip(), pieces.say("No prompts, so nothing is drawn."), gr.skip(), gr.skip()
         return
-    for sheet in draw_sheet(
-        blend, trial, lines, min(max(1, int(seeds or 1)), MOST_SEEDS), int(steps) if steps else None
-    ):
+    for sheet in draw_sheet(blend, trial, lines, count, sampling):
         yield gr.skip(), sheet, gr.skip(), gr.skip()
 
 
@@ -157,7 +157,7 @@ def sheet_of(trial: Trial) -> str:
 def report_of(report: dict[str, Any]) -> str:
     """What `studio merge` says, in words first."""
     if not report:
-        return pieces.empty("Nothing is merged yet", "Choose two concepts of the library, then try them together.")
+        return pieces.empty("Nothing is merged yet", "Choose two concepts above, then try them together.")
     reason = report.get("reason", "")
     why = f" {reason[:1].upper()}{reason[1:]}." if reason not in ("", "asked for") else ""
     parents = ", ".join(f"{p['name']} x {p['weight']:g}" for p in report["parents"])
@@ -275,6 +275,27 @@ def _largest(matrix: Any) -> str:
     return f"{max(abs(v) for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j):.2f}"
 
 
+# -- for those who have no concepts yet --------------------------------------------------------------------------
+
+
+def lacking() -> str:
+    """What to do with fewer than two concepts."""
+    if len(adapter_choices()) >= 2 or len(examples.folders()) < 2:
+        return ""
+    teach = fields.button("teach", "Teach the base both examples", "primary")
+    return (
+        "<div class='empty'><b>A merge needs two concepts</b>The library has fewer. The studio brings two examples: a "
+        f"mascot and a printing style.<p>{teach}</p></div>"
+    )
+
+
+@plain
+def teach_examples() -> str:
+    for folder in examples.folders():
+        examples.teach(folder)
+    return pieces.say("Both are in the queue. Runs shows how far they are; come back when they are finished.", "good")
+
+
 # -- the page ----------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +327,7 @@ def build() -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.HTML(pieces.heading("Merge", "Make several concepts one file, and see what it keeps of each."))
     kept = gr.BrowserState("", storage_key="studio-merge", secret="studio")
+    without = gr.HTML(js_on_load=pieces.TELL)
     with gr.Column(elem_classes="section"):
         gr.HTML(pieces.step(1, "Concepts"))
         names = gr.Dropdown(
@@ -318,7 +340,7 @@ def build() -> None:
         overlap = gr.HTML()
     with gr.Column(elem_classes="section"):
         gr.HTML(pieces.step(2, "How"))
-        strategy = gr.Dropdown(strategy_choices(), value="auto", label="Strategy")
+        strategy = gr.Dropdown(strategy_choices(), value="auto", label="Strategy", filterable=False)
         groups, widgets = {}, []
         for known, fields in strategy_fields().items():
             with gr.Row(visible=False) as groups[known]:
@@ -332,10 +354,7 @@ def build() -> None:
                 label="Prompts", lines=3, max_lines=6, scale=3, info=f"One a line, {MOST_PROMPTS} at most.",
                 placeholder="a zovuki\na dog",
             )  # fmt: skip
-            seeds = gr.Number(1, label="Seeds", precision=0, minimum=1, maximum=MOST_SEEDS, min_width=90)
-            steps = gr.Number(
-                None, label="Steps", info="Empty: the base's own.", precision=0, minimum=1, maximum=1000, min_width=90
-            )
+            seeds, steps = (form.widget(field, min_width=120) for field in (PROMPT_SEEDS, STEPS))
         with gr.Row():
             go = gr.Button("Try the merge", variant="primary", size="lg", elem_id="merge")
             stop = gr.Button("Stop", size="lg", scale=0, min_width=120)
@@ -357,6 +376,8 @@ def build() -> None:
     names.input(choose, [names, *weights], [prompts, *weights], **quiet)
     strategy.input(lambda s: [gr.update(visible=known == s) for known in groups], strategy, [*groups.values()], **quiet)
     save_button.click(save, [name, kept], saved, api_name="save_merge", show_progress="minimal")
+    without.click(teach_examples, None, without, **quiet)
+    gr.on(None, lacking, None, without, **quiet)
     gr.on(None, restore, kept, [names, report, sheet, name, prompts, *weights], **quiet)
 
 

@@ -65,7 +65,7 @@ def build() -> None:
             chosen = gr.Dropdown([], label="Run", allow_custom_value=True, visible="hidden")
             live.build_panel(chosen)
     with gr.Column(elem_classes="section"):
-        gr.HTML("<h3 class='step'>Curves over each other</h3>")
+        gr.HTML("<h2 class='step'>Curves over each other</h2>")
         with gr.Row():
             several = gr.Dropdown(
                 [], label=f"Runs, {COMPARED} at most", multiselect=True, max_choices=COMPARED, scale=3

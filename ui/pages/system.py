@@ -78,14 +78,14 @@ def build() -> None:
     devices = ", ".join(jobs.devices())
     gr.HTML(pieces.heading("System", f"This machine trains on: {devices}, one training at a time on each."))
     with gr.Column(elem_classes="section"):
-        gr.HTML("<h3 class='step'>Parts</h3>")
+        gr.HTML("<h2 class='step'>Parts</h2>")
         parts = gr.HTML()
         again = gr.Button("Look again", scale=0)
     with gr.Column(elem_classes="section"):
-        gr.HTML("<h3 class='step'>Storage</h3>")
+        gr.HTML("<h2 class='step'>Storage</h2>")
         space = gr.HTML()
     with gr.Column(elem_classes="section"):
-        gr.HTML("<h3 class='step'>Licences</h3>")
+        gr.HTML("<h2 class='step'>Licences</h2>")
         terms = gr.HTML()
     gr.on(None, lambda: [storage(), licences()], None, [space, terms], **quiet)
     gr.on(None, doctor, None, parts, **quiet)
