@@ -1,6 +1,7 @@
 """The training of one adapter, whatever its base makes: patches on sites, learned words, checkpoints.
 
-What is shown, and what the loss is, say the tasks for pictures (`customize.py`) and for sounds (`music/task.py`).
+What is shown, and what the loss is, say the tasks for pictures (`customize.py`), for clips (`customize_clips.py`) and
+for sounds (`music/task.py`).
 """
 
 from __future__ import annotations
@@ -61,12 +62,15 @@ class AdapterTraining(Task):
         """One sample of each prompt, always from the same noise; at step 0 by the base alone."""
         self.attachment.weight = float(step > 0)
         self._train_mode(False)
-        preset = self.preset
-        for column, prompt in enumerate(map(self._fill, preset.sample_prompts)):
-            request = Request([prompt], [column], steps=preset.sample_steps, seconds=preset.sample_seconds)
-            yield self.save_sample(self.base.generate(request)[0], step, column, prompt)
+        for column, prompt in enumerate(map(self._fill, self.preset.sample_prompts)):
+            work = self.base.generate(self.sample_request(prompt, column))[0]
+            yield self.save_sample(work, step, column, prompt)
         self._train_mode(True)
         self.attachment.weight = 1.0
+
+    def sample_request(self, prompt: str, seed: int) -> Request:
+        """What is asked of the base for a sample."""
+        return Request([prompt], [seed], steps=self.preset.sample_steps, seconds=self.preset.sample_seconds)
 
     @abstractmethod
     def save_sample(self, work: Any, step: int, column: int, prompt: str) -> Event:

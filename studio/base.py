@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from studio.adapter import BaseIdentity
+from studio.adapter import Adapter, BaseIdentity
 from studio.attachment import Site, find_sites
 from studio.errors import AdapterError, PresetError, nearest
 from studio.method import PatchMethod, matches
+from studio.patch import Patch
 
 Condition = dict[str, Tensor]  # per sample: every tensor has B in front
 
@@ -166,6 +167,12 @@ class Base(ABC):
             )
         return f"the adapter was trained on '{identity.name}'; '{self.name}' is built alike but has other weights"
 
+    def worn(self, adapter: Adapter) -> tuple[dict[str, list[Patch]], list[str]]:
+        """The adapter's patches by site of this base, and warnings. Raises AdapterError for one that does not fit."""
+        patches = adapter.by_site()
+        warning = self.check(adapter.card.base, depends_on_values(patches))
+        return patches, [warning] if warning else []
+
     def to(self, device: torch.device | str) -> Base:
         self.pipe.to(device)
         return self
@@ -184,6 +191,11 @@ class Base(ABC):
 
     def _enable_xformers(self) -> None:
         self.denoiser.enable_xformers_memory_efficient_attention()
+
+
+def depends_on_values(patches: Mapping[str, Sequence[Patch]]) -> bool:
+    """Whether any of the patches means something on the very weights alone that it was trained on."""
+    return any(getattr(patch, "depends_on_weight", False) for own in patches.values() for patch in own)
 
 
 def _fits(site: Site, target: str) -> bool:

@@ -59,10 +59,8 @@ def wearing(base: Base, uses: Sequence[Use], only: Collection[str] | None = None
     taken: list[Attachment | WordAttachment] = []
     try:
         for use in uses:
-            patches = use.adapter.by_site()
-            needs_values = any(getattr(p, "depends_on_weight", False) for ps in patches.values() for p in ps)
-            if warning := base.check(use.adapter.card.base, needs_values):
-                warnings.append(warning)
+            patches, notes = base.worn(use.adapter)
+            warnings += notes
             chosen = {name: p for name, p in patches.items() if only is None or name.split(".", 1)[0] in only}
             for patch in (p for ps in chosen.values() for p in ps):
                 patch.eval()  # else one that was trained with dropout would draw at random

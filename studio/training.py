@@ -23,6 +23,8 @@ from studio.adapting import AdapterTraining
 from studio.base import Base
 from studio.bases.registry import load_base
 from studio.customize import AdapterTask
+from studio.customize_clips import ClipLesson, refuse_still_settings
+from studio.data.animations import AnimationSet, scan_animations
 from studio.data.cache import Cache
 from studio.data.pictures import PictureSet, scan
 from studio.data.recordings import SoundSet, scan_recordings
@@ -40,6 +42,7 @@ from studio.run import Event, Run
 from studio.samples import before_after
 
 Looking = Callable[[int, int], None]
+Lessons = PictureSet | AnimationSet | SoundSet
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Training:
     name: str
     accelerator: Accelerator
     card: Card | None = None
-    pictures: PictureSet | SoundSet | None = None
+    pictures: Lessons | None = None
     resume: bool = False
 
     def events(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -218,7 +221,7 @@ def adapter_training(
     base: Any,
     preset: Preset,
     run: Run,
-    examples: PictureSet | SoundSet,
+    examples: Lessons,
     card: Card,
     cache: Cache,
 ) -> AdapterTraining:
@@ -226,6 +229,8 @@ def adapter_training(
     if isinstance(examples, SoundSet):
         sound_task = DenoisingTask if hasattr(base, "objective") else SoundTask
         return sound_task(method, base, preset, run, examples, card, cache)
+    if isinstance(examples, AnimationSet):
+        return ClipLesson(method, base, preset, run, examples, card, cache)
     return AdapterTask(method, base, preset, run, examples, card, cache)
 
 
@@ -255,6 +260,9 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     if base.medium == "audio":
         assert isinstance(preset.method, PatchMethod)
         refuse_picture_settings(preset.method, preset, base)
+    if base.medium == "video":
+        assert isinstance(preset.method, PatchMethod)
+        refuse_still_settings(preset.method, preset, base)
     preset = _with_possible_prior(preset, base, changes)
     pictures, trigger = _scan(preset, base, order.name, looking)
     if isinstance(pictures, SoundSet) and hasattr(base, "objective"):
@@ -297,7 +305,7 @@ def _with_possible_prior(preset: Preset, base: Base, changes: list[str]) -> Pres
     return preset.model_copy(update={"data": data.model_copy(update={"prior": without})})
 
 
-def _settled(preset: Preset, base: Base, pictures: PictureSet | SoundSet, trigger: str) -> Preset:
+def _settled(preset: Preset, base: Base, pictures: Lessons, trigger: str) -> Preset:
     """The preset with its method resolved on the base. Raises PresetError."""
     assert isinstance(preset.method, PatchMethod)
     sites = preset.method.sites(base)
@@ -315,7 +323,7 @@ def _with_rate(preset: Preset, changes: list[str]) -> Preset:
     return preset.model_copy(update={"learning_rate": rate})
 
 
-def _concept(pictures: PictureSet | SoundSet, trigger: str) -> str:
+def _concept(pictures: Lessons, trigger: str) -> str:
     return f"{pictures.fingerprint}:{trigger}"
 
 
@@ -339,16 +347,18 @@ def plan_resume(folder: Path, looking: Looking = lambda done, total: None) -> Tr
     return Training(preset, [], base, run, name, accelerator, card, pictures, resume=True)
 
 
-def _scan(preset: Preset, base: Any, name: str | None, looking: Looking) -> tuple[PictureSet | SoundSet, str]:
-    """The pictures or sounds with their captions, and the trigger word that is in them."""
+def _scan(preset: Preset, base: Any, name: str | None, looking: Looking) -> tuple[Lessons, str]:
+    """The pictures, clips or sounds with their captions, and the trigger word that is in them."""
     if preset.data.path is None:
-        raise PresetError("there is nothing to train on", "give a folder of pictures or sounds with --data")
+        raise PresetError("there is nothing to train on", "give a folder of pictures, clips or sounds with --data")
     folder = Path(preset.data.path.replace("{assets}", str(assets_dir()))).expanduser()
     trigger = preset.data.trigger or "".join(letter for letter in (name or "").lower() if letter.isalnum())
     fill = {"trigger": trigger or "{trigger}", "class": preset.data.class_word}
-    found: PictureSet | SoundSet
+    found: Lessons
     if base.medium == "audio":
         found = scan_recordings(folder, preset.data, fill, looking)
+    elif base.medium == "video":
+        found = scan_animations(folder, preset.data, fill, looking)
     else:
         resolution = preset.data.resolution or base.resolution
         found = scan(folder, preset.data, fill, resolution, base.size_multiple, looking)
@@ -358,7 +368,7 @@ def _scan(preset: Preset, base: Any, name: str | None, looking: Looking) -> tupl
     return found.with_captions(lambda caption: caption.replace("{trigger}", trigger)), trigger
 
 
-def _card(preset: Preset, base: Base, pictures: PictureSet | SoundSet, trigger: str) -> Card:
+def _card(preset: Preset, base: Base, pictures: Lessons, trigger: str) -> Card:
     assert isinstance(preset.method, PatchMethod)
     sites = preset.method.sites(base)
     shown = preset.model_dump(mode="json")

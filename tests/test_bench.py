@@ -355,3 +355,26 @@ def test_on_a_gpu_every_backend_has_rows():
     for rows in (list(gpu.peak_rows([case])), list(gpu.time_rows([case], rounds=2))):
         assert [(row.case, row.name) for row in rows] == expected
         assert not [row.note for row in rows if row.note]
+
+
+def test_the_clip_network_is_measured_beside_one_of_the_same_widths():
+    from studio.bench import video
+
+    small = {**video.CONFIG, "block_out_channels": (16, 32, 32), "norm_num_groups": 8}
+    own, stock = video.ours(small), video.theirs(small)
+    assert own.image.config.block_out_channels == stock.config.block_out_channels
+    assert (own.image.config.in_channels, own.image.config.out_channels) == (stock.config.in_channels, 16)
+    for network in (own, stock):
+        seen = []
+        network.register_forward_hook(lambda m, i, o: seen.append(o.sample.shape))  # noqa: B023
+        video.step(network, 3, 3, clips=2)()
+        assert seen == [(2, 16, 3, 8, 8)]
+    # Weights, their gradients, and what the backward pass needs.
+    weights = sum(4 * parameter.numel() for parameter in own.parameters())
+    assert (
+        2 * weights
+        < video.peak_bytes(lambda: video.ours(small), clips=2)
+        < video.peak_bytes(lambda: video.ours(small), clips=4)
+    )
+    names = {bar.case for bar in video.BARS}
+    assert names == {"8 frames", "peak memory", *(f"{n} frames" for n in video.LENGTHS)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from studio.bases.sticker_video.batches import batch_of, masked_loss
 from studio.bases.sticker_video.family import StickerVideo
 from studio.data import stickers
 from studio.data.clip_pool import ClipPool, EncodedClip, long_tailed_lengths
@@ -15,8 +16,7 @@ from studio.preset import make_preset
 from studio.run import Run
 from studio.training import Order, plan, plan_resume
 from trainers.rdtf.curriculum import LEVELS, STATIC, Curriculum, difficulty, draw_weights, kind_of
-from trainers.rdtf.masks import TASKS, draw_mask, masked_loss, tasks_for
-from trainers.rdtf.task import batch_of
+from trainers.rdtf.masks import TASKS, draw_mask, tasks_for
 
 needs_font = pytest.mark.skipif(stickers.font_path() is None, reason="the colour emoji font is not installed")
 
@@ -234,7 +234,7 @@ def test_padded_batch_equals_bucketed_ones_in_loss():
     times = torch.tensor([300, 700])
 
     def losses(rows):
-        clean, condition = batch_of([clips[i] for i in rows], [draws[i] for i in rows], [False] * len(rows))
+        clean, condition = batch_of([clips[i] for i in rows], [draws[i].given for i in rows])
         clean = clean.double()
         told = base.encode_prompts(["a cat"] * len(rows), (16, 16)) | condition.tensors()
         own = noise[list(rows), :, : clean.shape[2]]

@@ -1,4 +1,4 @@
-"""The four parts of the benchmark, each a table and the bars that it is held against."""
+"""The parts of the benchmark, each a table and the bars that it is held against."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from studio.bench import bars, cases, files, gpu, merge
+from studio.bench import bars, cases, files, gpu, merge, video
 from studio.bench.cases import Case
 from studio.bench.memory import Footprint, fake_patches, footprint
 from studio.bench.rows import Ratio, Row, judge, markdown
@@ -22,7 +22,7 @@ from studio.bench.trainee import Trainee
 from studio.bench.workload import Workload
 from studio.errors import RequestError, StudioError
 
-PARTS = ("memory", "speed", "merge", "files")
+PARTS = ("memory", "speed", "merge", "files", "video")
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
@@ -52,6 +52,10 @@ def run(part: str, chosen: str = "", rounds: int = 15, progress: Progress = lamb
             raise _no_case(part, chosen, [case.name for case in files.CASES])
         rows = files.measure(chosen, min(rounds, 3), progress)  # processes of seconds, and hardly any spread
         return Result(part, machine(), rows, judge(bars.FILES, rows))
+    if part == "video":
+        with _one_thread():
+            rows = video.measure(rounds, progress)
+        return Result(part, machine(), rows, judge(video.BARS, rows))
     on_gpu = torch.cuda.is_available()
     known = cases.MEMORY if part == "memory" else (*cases.SPEED, *(cases.MEMORY if on_gpu else ()))
     wanted = [case for case in known if chosen in case.name]

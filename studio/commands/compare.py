@@ -23,6 +23,7 @@ def compare(
 ) -> None:
     """Methods x lessons x seeds in one table. Stop and go on at any time. Example: studio compare screening --jobs 2"""
     from studio.comparing.jobs import make_jobs
+    from studio.comparing.motions import MotionStudy, motion_jobs, publish_motions
     from studio.comparing.publish import publish
     from studio.comparing.schedule import alone_in, default_out
     from studio.comparing.study import read_study
@@ -33,16 +34,18 @@ def compare(
         raise RequestError("--out is for one study", "give several studies without it")
     published = []
     for name, study in named:
+        moving = isinstance(study, MotionStudy)
+        jobs_of, write = (motion_jobs, publish_motions) if moving else (make_jobs, publish)
         place = (work or studio_home() / "studies").resolve() / name
         with alone_in(place) as lock:
-            todo = make_jobs(study, place)
+            todo = jobs_of(study, place)
             if only_list:
                 _list(todo)
                 continue
             target = out_path or default_out(name)
             command = f"studio compare {name} --jobs {jobs}"
-            failed = _work(todo, jobs, place, lock, lambda: publish(study, name, todo, target, command))  # noqa: B023
-            published.append(publish(study, name, todo, target, command))
+            failed = _work(todo, jobs, place, lock, lambda: write(study, name, todo, target, command))  # noqa: B023
+            published.append(write(study, name, todo, target, command))
             if not as_json:
                 out.print(str(target / "results.md"), soft_wrap=True, markup=False)
             if failed:

@@ -186,19 +186,27 @@ def study_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted((presets_dir() / "studies").glob("*.yaml"))}
 
 
-def read_study(name: str) -> tuple[str, Study]:
-    """A study's name and content, by name or file. Raises PresetError with the nearest name or key."""
+def read_study(name: str) -> tuple[str, Any]:
+    """A study's name and content, by name or file: a Study, or of clip bases a MotionStudy.
+
+    Raises PresetError with the nearest name or key.
+    """
+    from studio.comparing.motions import MotionStudy
+
     known = study_files()
     path = known.get(name) or Path(name)
     if not path.is_file():
         raise PresetError(f"there is no study '{name}'", nearest(name, known))
+    kind: type[Study] | type[MotionStudy] = Study
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = MotionStudy if isinstance(content, dict) and "arms" in content else Study
+        study = kind.model_validate(content)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise PresetError(f"the study '{path}' cannot be read: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
-        message, hint = describe(error, Study)
+        message, hint = describe(error, kind)
         raise PresetError(f"the study '{path}': {message}", hint) from None
-    if study.evaluation.protocol:
+    if isinstance(study, Study) and study.evaluation.protocol:
         read_protocol(study.evaluation.protocol)
     return path.stem, study

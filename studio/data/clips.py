@@ -135,11 +135,12 @@ def _walk_picture(path: Path, content: BinaryIO | None = None) -> Iterator[tuple
 
 
 def _walk_folder(path: Path) -> Iterator[tuple[Image.Image, int]]:
-    for file in _frame_files(path):
+    for file in frame_files(path):
         yield next(_walk_picture(file))
 
 
-def _frame_files(path: Path) -> list[Path]:
+def frame_files(path: Path) -> list[Path]:
+    """The frames in a folder, in order."""
     return sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
 
 
@@ -246,7 +247,7 @@ def _may_be_clip(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir():
-        return bool(_frame_files(path))
+        return bool(frame_files(path))
     return path.suffix.lower() in (*PICTURES, *VIDEOS)
 
 

@@ -20,7 +20,7 @@ from studio.keyed import key_of, numpy_generator
 
 SPEEDS = {"slowly": 0.5, "": 1.0, "quickly": 2.0}  # cycles a second
 EXTENTS = {"a little": 0.5, "": 1.0, "a lot": 1.5}
-SIDE = 0.5  # longest side of the thing, as a fraction of the canvas
+SIDE = 0.64  # longest side of the thing, as a fraction of the canvas
 HELD_OUT_SHARE = 8  # one pair of glyph and motion in so many is never trained on
 
 

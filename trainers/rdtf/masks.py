@@ -1,7 +1,7 @@
 """The dual mask of RDTF: which frames of a clip are given, and which count in the loss.
 
 After the paper's table 7 and its published code, for any number of frames and for each sample by itself, where the
-code has one task for a whole step. n frames of a clip, F frames of the batch, B clips, Z latent channels.
+code has one task for a whole step. n frames of a clip.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 #: The six tasks, and whether they come with text.
 TASKS = {
@@ -56,19 +54,3 @@ def draw_mask(task: str, count: int, rng: np.random.Generator) -> Draw:
         elif task == "backcast":
             given[rng.integers(1, count // 2 + 1) :] = True
     return Draw(task, tuple(given.tolist()), TASKS[task])
-
-
-def masked_loss(
-    squared: Tensor, valid: Tensor, given: Tensor, given_weight: float = 0.0, paper_compat: bool = False
-) -> Tensor:
-    """The loss of each clip, (B,), from squared errors (B, Z, F, h, w) and masks (B, F) of real and of given frames.
-
-    Each clip is the mean over its own frames, those that are given counting `given_weight`. With `paper_compat`, as
-    the published code has it: given frames count in full, and all clips are divided by F, so short ones weigh less.
-    Padding may hold NaN.
-    """
-    by_frame = squared.masked_fill(~valid[:, None, :, None, None], 0).mean((1, 3, 4))
-    if paper_compat:
-        return by_frame.sum(1) / valid.shape[1]
-    weight = valid.float() * torch.where(given, given_weight, 1.0)
-    return (by_frame * weight).sum(1) / weight.sum(1).clamp(min=1e-12)

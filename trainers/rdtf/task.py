@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from studio.base import Request
 from studio.bases.sticker_video import alpha
-from studio.bases.sticker_video.conditioning import ClipCondition
+from studio.bases.sticker_video.batches import denoising_losses
 from studio.bases.sticker_video.family import StickerVideo
 from studio.bases.sticker_video.layers import attend_plainly
 from studio.bases.sticker_video.sharing import save_clip_base
@@ -34,7 +34,7 @@ from studio.preset import Preset
 from studio.run import Event, Run
 from studio.samples import save_picture
 from trainers.rdtf.curriculum import Curriculum
-from trainers.rdtf.masks import Draw, draw_mask, masked_loss
+from trainers.rdtf.masks import Draw, draw_mask
 
 if TYPE_CHECKING:
     from trainers.rdtf.method import Rdtf
@@ -154,25 +154,16 @@ class ClipTask(Task):
         self, clips: Sequence[EncodedClip], draws: Sequence[Draw], keys: Sequence[tuple], dropout: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The loss of each clip and its noise level in [0, 1]."""
-        objective, device = self.base.objective, self.base.device
         generators = [torch_generator("clip noise", *key) for key in keys]
         dropped = [self._dropped(g) if dropout else (False, False) for g in generators]
-        clean, condition = batch_of(clips, draws, [image for _, image in dropped])
-        clean = clean.to(device)
+        given = [() if image else draw.given for draw, (_, image) in zip(draws, dropped)]
         captions = [
             "" if no_text or not draw.told else clip.caption for clip, draw, (no_text, _) in zip(clips, draws, dropped)
         ]
-        times = torch.stack([objective.draw_time(g) for g in generators])
-        # Noise frame by frame, so that a clip's own frames get the same however far it is padded.
-        shape = (clean.shape[2], clean.shape[1], *clean.shape[3:])
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).transpose(1, 2).to(device)
-        told = self.base.encode_prompts(captions, (self.side, self.side)) | condition.tensors()
-        noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
-        error = self.base.predict(noisy, objective.network_time(times), told).float() - target
-        valid, given = condition.valid.to(device), condition.is_given.to(device)
-        loss = masked_loss(error.square(), valid, given, paper_compat=self.method.paper_compat)
+        loss, times = denoising_losses(self.base, clips, given, captions, generators, self.method.paper_compat)
+        objective = self.base.objective
         if self.preset.min_snr_gamma:
-            loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(device)
+            loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(loss.device)
         return loss, times.float() / max(1.0, float(getattr(objective, "train_timesteps", 1000)))
 
     def _dropped(self, generator: torch.Generator) -> tuple[bool, bool]:
@@ -267,24 +258,6 @@ class ClipTask(Task):
         counts = ", ".join(f"{length}: {len(found)}" for length, found in sorted(self.pool.buckets.items()))
         lines = self.files.report() if self.files else [f"{len(self.pool.lengths)} clips by number of frames: {counts}"]
         return [*lines, f"{len(self.pool.used)} of {len(self.pool.lengths)} clips of the pool were drawn so far"]
-
-
-def batch_of(
-    clips: Sequence[EncodedClip], draws: Sequence[Draw], without_pictures: Sequence[bool]
-) -> tuple[Tensor, ClipCondition]:
-    """Clean latents (B, Z, F, h, w), zero in padding, and what the network is told."""
-    most = max(clip.count for clip in clips)
-    clean = torch.zeros(len(clips), clips[0].latents.shape[0], most, *clips[0].latents.shape[2:])
-    given = torch.zeros(len(clips), most, dtype=torch.bool)
-    valid = torch.zeros(len(clips), most, dtype=torch.bool)
-    for row, (clip, draw) in enumerate(zip(clips, draws)):
-        clean[row, :, : clip.count] = clip.latents
-        valid[row, : clip.count] = True
-        if not without_pictures[row]:
-            given[row, : clip.count] = torch.tensor(draw.given)
-    fps = torch.tensor([clip.fps for clip in clips])
-    loop = torch.tensor([clip.loop and clip.count > 1 for clip in clips])
-    return clean, ClipCondition(clean, given, valid, fps, loop)
 
 
 def _gathered(losses: Tensor, times: Tensor) -> Tensor:

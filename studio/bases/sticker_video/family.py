@@ -10,13 +10,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from studio.base import Condition, Request
+from studio.adapter import Adapter
+from studio.base import Condition, Request, depends_on_values
 from studio.bases.folder import refuse_random_parts, shared_in
 from studio.bases.latent_diffusion import ATTENTION, LatentDiffusion
 from studio.data.clips import Clip
-from studio.errors import BaseError, RequestError
+from studio.errors import AdapterError, BaseError, RequestError
+from studio.patch import Patch
 
-SPATIAL = "unet.image.*"
+INSIDE = "unet.image."  # the image network within the clip network
+SPATIAL = f"{INSIDE}*"
 
 
 class StickerVideo(LatentDiffusion):
@@ -80,6 +83,37 @@ class StickerVideo(LatentDiffusion):
         """The most frames that a clip can have."""
         return int(self.denoiser.config.get("max_frames") or 64)
 
+    # -- adapters of pictures ------------------------------------------------------------------------------------
+
+    def worn(self, adapter: Adapter) -> tuple[dict[str, list[Patch]], list[str]]:
+        """Also adapters of the image base inside: each frame then is changed as a picture is.
+
+        The first and the last layer have more channels here, so changes of those are left off, with a warning.
+        """
+        from studio.bases.sticker_video.network import ENDS
+
+        identity = adapter.card.base
+        if identity.family == self.family:
+            return super().worn(adapter)
+        sites = self.sites()
+        places = {name: _inside(name) for name in adapter.by_site()}
+        lost = sorted(name for name, place in places.items() if place.removeprefix(INSIDE) in ENDS)
+        kept = {place: adapter.by_site()[name] for name, place in places.items() if name not in lost}
+        shapes = {place: adapter.card.sites[name] for name, place in places.items() if name not in lost}
+        if not kept or any(place not in sites or sites[place].shape != shape for place, shape in shapes.items()):
+            raise AdapterError(
+                f"the adapter was made for '{identity.name}' ({identity.family}), and the pictures inside "
+                f"'{self.name}' are drawn by another network",
+                f"use --base {identity.name}",
+            )
+        if depends_on_values(kept):
+            raise AdapterError(
+                f"the adapter depends on the very weights of '{identity.name}', so '{self.name}' cannot wear it",
+                f"use --base {identity.name}",
+            )
+        warning = f"left off: {', '.join(lost)}, which have more channels in '{self.name}'"
+        return kept, [warning] if lost else []
+
     # -- clips ---------------------------------------------------------------------------------------------------
 
     def encode_clips(self, rgba: Tensor) -> Tensor:
@@ -138,6 +172,11 @@ class StickerVideo(LatentDiffusion):
         ).frames
         fps = request.fps or 8.0
         return [Clip.at_rate(frames, fps, request.loop) for frames in clips]
+
+
+def _inside(site: str) -> str:
+    """Where a site of an image base is in a clip base."""
+    return INSIDE + site.removeprefix("unet.") if site.startswith("unet.") else site
 
 
 def _bundled(lender: str, folder: Path) -> Path:

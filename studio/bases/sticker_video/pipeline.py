@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -37,7 +38,7 @@ class StickerVideoOutput(BaseOutput):
     frames: Any
 
 
-class StickerVideoPipeline(DiffusionPipeline):
+class StickerVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
     """`ground` in [0, 1] is the grey that colours stand on; `condition_fill` and `condition_spread` (0 for no anchor)
     are told in conditioning.py.
     """
@@ -130,7 +131,7 @@ class StickerVideoPipeline(DiffusionPipeline):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D), padded to the tokenizer's own length, as in training."""
         ids = self.tokenizer(
-            list(prompts),
+            [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts],
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
