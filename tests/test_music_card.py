@@ -14,7 +14,8 @@ from studio.data.melodies.folder import Pieces, write_folder
 from studio.data.melodies.modes import RAGAS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound
-from studio.errors import DataError
+from studio.errors import DataError, MissingPart
+from studio.evaluate.clap import Clap, clap_figures
 from studio.evaluate.frechet import embed, frechet, frechet_of, spread_of
 from studio.evaluate.lines import direction_kept, likeliest_tonic, notes_of, ornament_distance
 from studio.evaluate.music_card import figures_of, tonics_of
@@ -217,3 +218,64 @@ def test_fields_of_recordings_are_checked_and_put_into_words(row, said, tmp_path
     with pytest.raises(DataError, match=r"metadata.jsonl', line 1") as caught:
         scan_recordings(tmp_path, Data(), {"trigger": "x", "class": ""})
     assert said in caught.value.hint
+
+
+# -- CLAP ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clap_folder(tmp_path_factory):
+    """A pico CLAP of the real classes, with its tokenizer and its ear."""
+    from transformers import (
+        ClapAudioConfig,
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        ClapProcessor,
+        ClapTextConfig,
+        RobertaTokenizer,
+    )
+
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abcdefghijklmnopqrstuvwxyz", "Ġ"]
+    tokenizer = RobertaTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+    text = ClapTextConfig(
+        vocab_size=len(tokens), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=96, projection_dim=12, pad_token_id=1,
+    )  # fmt: skip
+    audio = ClapAudioConfig(
+        hidden_size=32, patch_embeds_hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2], spec_size=64,
+        num_mel_bins=16, window_size=4, projection_dim=12, patch_size=4, patch_stride=[4, 4], num_hidden_layers=2,
+    )  # fmt: skip
+    ear = ClapFeatureExtractor(
+        feature_size=16, sampling_rate=4000, hop_length=80, max_length_s=1, fft_window_size=256, frequency_max=2000,
+        truncation="rand_trunc",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("clap")
+    torch.manual_seed(0)
+    config = ClapConfig(text_config=text.to_dict(), audio_config=audio.to_dict(), projection_dim=12)
+    ClapModel(config).save_pretrained(folder)
+    ClapProcessor(ear, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clap_gives_the_cosines_that_transformers_own_forward_gives(clap_folder):
+    clap = Clap(clap_folder)
+    sounds = [Sound(torch.sin(torch.arange(4000) / n)[None], 4000) for n in (3, 7)]
+    heard = clap.processor.feature_extractor(
+        [sound.wave[0].numpy() for sound in sounds], sampling_rate=4000, return_tensors="pt"
+    )
+    said = clap.processor.tokenizer(["a flute", "an oud"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        told = clap.model(input_ids=said.input_ids, attention_mask=said.attention_mask, **heard)
+    own = clap.hear(sounds) @ clap.read(["a flute", "an oud"]).T
+    torch.testing.assert_close(own, told.logits_per_audio / clap.model.logit_scale_a.exp(), rtol=1e-4, atol=1e-5)
+    truth = [Recording(sound, "a flute") for sound in sounds]
+    played = Played(sounds, [])
+    figures = clap_figures(clap_folder, Recital(truth, truth, [], played, played))
+    assert figures["clap_text"] == pytest.approx(figures["clap_text_references"], abs=1e-4)
+    assert figures["clap_frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_folder_without_clap_is_told(tmp_path):
+    with pytest.raises(MissingPart, match="cannot be loaded as CLAP"):
+        Clap(tmp_path)
