@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -69,6 +70,30 @@ def collect(training, stop_after=None):
     for event in training.events(done):
         events.append(event)
     return events
+
+
+# -- recordings -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "subtype"), [(8000, 1, "PCM_U8"), (48_000, 6, "PCM_24"), (192_000, 2, "PCM_16")]
+)
+def test_eight_bits_six_channels_and_very_high_rates_are_read_as_they_sound(rate, channels, subtype, tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(110, 0.5, rate, channels), rate, subtype=subtype)
+    found = scan_recordings(tmp_path, Data(), {"trigger": "x", "class": ""})
+    wave = found.pieces[0].load(RATE, 1)
+    assert wave.shape == (1, round(0.5 * RATE))
+    assert torch.allclose(wave[0, 50:-50], torch.from_numpy(tone(110, 0.5)[50:-50, 0]), atol=0.02)
+    assert found.pieces[0].caption == "x"  # it has none of its own
+
+
+def test_a_licence_without_commerce_is_shown_and_travels_in_the_card(tmp_path, recordings, recipe, folder_of_musicgen):
+    licensed = tmp_path / "licensed"
+    shutil.copytree(folder_of_musicgen, licensed)
+    (licensed / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    training = plan(Order(recipe, run=tmp_path / "run", base=str(licensed), steps=1))
+    assert any("no commercial use" in note for note in training.base.notes)
+    assert training.card.base.licence == "cc-by-nc-4.0"
 
 
 # -- files ----------------------------------------------------------------------

@@ -12,13 +12,16 @@ from studio.bases.melody import build_melody
 from studio.bases.musicgen import MusicGen
 from studio.bases.registry import load_base
 from studio.data.melodies.fields import KEYS, Fields
+from studio.data.melodies.modes import MAKAMS, RAGAS, UNTAUGHT
 from studio.data.melodies.source import draw_melody
 from studio.errors import BaseError, PresetError
 from studio.evaluate.melody_card import fit_judge, listen, marks, measure_codec
 from studio.evaluate.melody_card import main as card
 from studio.music.codebooks import Codebooks, k_means, nearest
+from studio.music.score import read_score
 from studio.music.spectra import magnitudes, spectral_distance
 from studio.training import Order, plan, plan_resume
+from trainers.scratch_music.spectrograms import told
 
 CODEC = ("batch_size=2", "data.seconds=0.25", "data.pool=2", "steps=6", "checkpoint_every=3", "warmup_steps=0")
 DECODER = ("batch_size=2", "data.seconds=1", "data.pool=3", "data.refresh=1", "steps=6", "warmup_steps=0")
@@ -181,7 +184,9 @@ def test_a_decoder_learns_on_the_codes_of_the_codec_that_it_is_given(tmp_path, c
     [
         (("data.source=stickers",), "draws its own data"),
         (("base=sticker",), "no blueprint"),
-        (("method.init_from=sticker",), "makes no music"),
+        (("method.init_from=sticker",), "is no musicgen"),
+        (("method.train=denoiser",), "has no denoiser"),
+        (("method.fresh=[vae]",), "no network 'vae'"),
         (("data.seconds=40", "method.train=decoder"), "at once"),
         (("data.traditions=[]",), "traditions"),
     ],
@@ -189,6 +194,42 @@ def test_a_decoder_learns_on_the_codes_of_the_codec_that_it_is_given(tmp_path, c
 def test_settings_that_cannot_be_are_refused_before_anything_trains(settings, message, tmp_path):
     with pytest.raises(PresetError, match=message):
         events_of("base-melody-codec", tmp_path / "run", *settings)
+
+
+def test_the_small_mustango_trains_in_two_stages_and_what_comes_out_plays(tmp_path):
+    few = ("batch_size=2", "data.pool=2", "warmup_steps=0", "steps=2", *QUIET)
+    first = events_of("base-melody-diffusion-vae", tmp_path / "vae", *few)
+    losses = [event.data["loss"] for event in first if event.kind == "step"]
+    assert max(losses) < 4  # its start is near what spectrograms are
+    encoder = load_base(tmp_path / "vae" / "base", dtype="fp32", device="cpu")
+    assert encoder.pipe.vae.config.scaling_factor != pytest.approx(0.18215, abs=1e-3)
+    fresh = "method.fresh=[unet,text_encoder,beat_encoder,chord_encoder]"
+    given = (f"method.init_from={tmp_path / 'vae' / 'base'}", fresh)
+    found = events_of("base-melody-diffusion", tmp_path / "run", *few, *given)
+    assert found[-1].kind == "finished"
+    base = load_base(tmp_path / "run" / "base", dtype="fp32", device="cpu")
+    assert base.pipe.vae.config.scaling_factor == encoder.pipe.vae.config.scaling_factor
+    sound = base.generate(Request(["a tune | beats: 90 bpm 3/4 | chords: Dm"], [0], steps=1, seconds=1.0))[0]
+    assert sound.wave.shape == (1, 8000)
+    assert sum(path.stat().st_size for path in (tmp_path / "run" / "base").rglob("*") if path.is_file()) < 4_000_000
+
+
+def test_a_piece_is_told_by_its_beats_and_the_chord_of_its_key():
+    fields = Fields("western", "flute", "minor", "waltz", "slow", "E flat")
+    piece = draw_melody(("told",), 4.0, 8000, ("western",), fields=fields)
+    score = read_score(told(piece)).within(0.0, 4.0)
+    assert score.text == piece.caption
+    assert [count for _, count in score.beats][:4] == [1, 2, 3, 1]
+    assert score.timed_chords == (("Ebm", 0.0),)
+    raga = draw_melody(("told",), 4.0, 8000, ("raga",))
+    assert read_score(told(raga)).within(0.0, 4.0).chords == ()
+
+
+def test_bundled_bases_are_never_taught_what_is_left_to_adapters():
+    shown = {draw_melody(("left", i), 0.5, 4000, ("raga", "makam"), taught=True).score.fields.mode for i in range(120)}
+    assert not shown & UNTAUGHT
+    assert len(shown) > 10
+    assert {*RAGAS, *MAKAMS} > UNTAUGHT
 
 
 def test_a_network_built_otherwise_is_refused_naming_the_part(tmp_path):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from studio.bases.musicgen import MusicGen
 from studio.bases.tiny import fixed_seed
 from studio.data.melodies.fields import vocabulary
@@ -55,7 +57,7 @@ def build_melody(seed: int = 0) -> MusicGen:
     )
     decoder = MusicgenDecoderConfig(
         vocab_size=CODES,
-        max_position_embeddings=1024,
+        max_position_embeddings=408,  # 8 seconds: as far as it is trained
         num_hidden_layers=4,
         ffn_dim=3 * WIDTH,
         num_attention_heads=4,
@@ -69,6 +71,7 @@ def build_melody(seed: int = 0) -> MusicGen:
         network: Any = MusicgenForConditionalGeneration(
             MusicgenConfig(text_encoder=text, audio_encoder=codec, decoder=decoder)
         )
+        _begin_strongly(network)
     network.generation_config = GenerationConfig(
         bos_token_id=CODES,
         pad_token_id=CODES,
@@ -79,6 +82,23 @@ def build_melody(seed: int = 0) -> MusicGen:
         max_length=8 * RATE_HZ // 240 + CODEBOOKS,
     )
     return MusicGen.at_rest("melody", network, tokenizer, "Apache-2.0")
+
+
+@torch.no_grad()
+def _begin_strongly(network: Any) -> None:
+    """Random weights that small networks learn from: transformers' 0.02 is for widths of a thousand.
+
+    There the embeddings of codes are a thirtieth of the positions and a projection takes three quarters of its input
+    away. After 90 steps of 8 pieces the loss was 5.37 nats so, 4.65 with these, and 3.92 at a learning rate of 3e-3 in
+    place of 1e-3 (held-out pieces; blind guessing has 5.55; seed 0, an early codec).
+    """
+    for name, parameter in network.decoder.named_parameters():
+        if "embed_tokens" in name:
+            parameter.normal_(0, 0.5)
+        elif parameter.ndim == 2 and "lm_heads" not in name:
+            quiet = 0.5 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+            parameter.normal_(0, quiet * parameter.shape[1] ** -0.5)
+    network.enc_to_dec_proj.weight.normal_(0, TEXT_WIDTH**-0.5)
 
 
 def melody_tokenizer(words: Sequence[str]) -> Any:

@@ -226,7 +226,14 @@ class MusicGen(Base):
         """Sounds, each drawn under its own seed alone. Raises RequestError for what MusicGen has not."""
         self._refuse(request)
         with self._caching():
-            return [self._play(p, s, request) for p, s in zip(request.prompts, request.seeds, strict=True)]
+            each = zip(request.prompts, request.seeds, strict=True)
+            return [self._play([prompt], seed, request)[0] for prompt, seed in each]
+
+    def generate_together(self, request: Request) -> list[Any]:
+        """The same several times faster, all prompts at once under the first seed: each depends on the others too."""
+        self._refuse(request)
+        with self._caching():
+            return self._play(list(request.prompts), request.seeds[0], request)
 
     def _refuse(self, request: Request) -> None:
         if request.negative:
@@ -243,7 +250,7 @@ class MusicGen(Base):
             )
 
     @torch.no_grad()
-    def _play(self, prompt: str, seed: int, request: Request) -> Sound:
+    def _play(self, prompts: list[str], seed: int, request: Request) -> list[Sound]:
         from transformers import StoppingCriteriaList
 
         seconds = self.seconds if request.seconds is None else request.seconds
@@ -255,17 +262,19 @@ class MusicGen(Base):
             "guidance_scale": guidance if request.guidance is None else request.guidance,
             "max_new_tokens": new_tokens,
         }
-        if prompt:
-            options |= self.pipe.tokenizer([prompt], truncation=True, max_length=LONGEST_TEXT, return_tensors="pt").to(
-                self.device
+        if any(prompts):
+            told = self.pipe.tokenizer(
+                prompts, padding=True, truncation=True, max_length=LONGEST_TEXT, return_tensors="pt"
             )
+            options |= told.to(self.device)
         else:
-            options |= self.denoiser.get_unconditional_inputs(1)
+            options |= self.denoiser.get_unconditional_inputs(len(prompts))
         if request.on_step is not None:
             options["stopping_criteria"] = StoppingCriteriaList([_Counter(request.on_step, new_tokens)])
         with _seeded(seed, self.device):
             waves = self.denoiser.generate(**options)
-        return Sound(waves[0].float().cpu()[:, : round(seconds * self.sample_rate_hz)], self.sample_rate_hz)
+        samples = round(seconds * self.sample_rate_hz)
+        return [Sound(wave.float().cpu()[:, :samples], self.sample_rate_hz) for wave in waves]
 
     @contextmanager
     def _caching(self) -> Iterator[None]:

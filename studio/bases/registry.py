@@ -126,6 +126,10 @@ def load_base(
         base = _from_folder(hub.obtain(name, precision != torch.float32), name, precision)
     else:
         raise _unknown(name)
+    if "nc" in base.licence.lower().split("-"):
+        base.notes.append(
+            f"licence of '{name}': {base.licence}, which is for no commercial use; adapters carry it along"
+        )
     return base.to(device)
 
 

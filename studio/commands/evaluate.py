@@ -17,7 +17,9 @@ def evaluate(
     beside: Annotated[
         list[str] | None, typer.Option(metavar="ADAPTER[:WEIGHT]", help="Worn at the same time. May be given again.")
     ] = None,
-    references: Annotated[Path | None, typer.Option(help="Pictures to compare with. Default: the training's.")] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Pictures or sounds to compare with. Default: the training's.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Default: the adapter's own base.")] = None,
     protocol: Annotated[str | None, typer.Option(help="What to draw: a name or a file. Default: what fits.")] = None,
     metrics: Annotated[
@@ -25,10 +27,13 @@ def evaluate(
     ] = None,
     clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model: adds CLIP-I and CLIP-T.")] = None,
     dino: Annotated[Path | None, typer.Option(help="Folder of a DINO or DINOv2 model: adds its similarity.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: 25, of music the base's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's own.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noises.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
+    sounds: Annotated[int, typer.Option(min=2, help="Music: how many sounds are played.")] = 12,
+    seconds: Annotated[float, typer.Option(min=1, help="Music: how long they are.")] = 6.0,
+    clap: Annotated[Path | None, typer.Option(help="Music: folder of a CLAP model: adds its figures.")] = None,
     out_path: Annotated[Path | None, typer.Option("--out", help="Folder of the card. Default: the run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
@@ -37,20 +42,30 @@ def evaluate(
     from studio.evaluate.card import evaluate as measure
     from studio.evaluate.card_page import write_card
     from studio.evaluate.exhibit import Drawing
+    from studio.evaluate.music_card import MusicQuestion, evaluate_music
+    from studio.evaluate.music_page import write_music_card
+    from studio.evaluate.recital import Playing
 
-    drawing = Drawing(steps, guidance, seed, batch)
+    drawing = Drawing(steps or 25, guidance, seed, batch)
     how = (tuple(beside or ()), references, base, protocol, tuple(metrics or ()), clip, dino, drawing)
     questions = [Question(adapter, *how) for adapter in adapters]
     loaded = _base([adapter_base(question) for question in questions])
+    asked: list[Any] = questions
+    ask: Any = measure
+    write: Any = write_card
+    if loaded.medium == "audio":
+        playing = Playing(sounds, min(seconds, loaded.longest_seconds), guidance, steps, seed)
+        asked = [MusicQuestion(adapter, tuple(beside or ()), references, clap, playing) for adapter in adapters]
+        ask, write = evaluate_music, write_music_card
     cards = []
-    for question in questions:
-        with CountProgress(f"drawing {question.adapter}", 1) as progress:
-            answer = measure(question, loaded, progress.show_of)
+    for question in asked:
+        with CountProgress(f"measuring {question.adapter}", 1) as progress:
+            answer = ask(question, loaded, progress.show_of)
         for warning in answer.warnings:
             say(f"warning: {warning}", style="yellow")
         name = Path(answer.card["adapter"]).stem
         folder = card_folder(question.adapter) if out_path is None else out_path / (name if len(adapters) > 1 else "")
-        cards.append(answer.card | {"files": write_card(answer, folder)})
+        cards.append(answer.card | {"files": write(answer, folder)})
     if as_json:
         print_json(cards if len(cards) > 1 else cards[0])
     else:

@@ -103,7 +103,7 @@ class Job:
             module = [sys.executable, "-m", "studio.comparing.together", self.kind, str(order_file)]
             return [[*module, "--out", str(self.card_path)]]
         lesson: Any = self.order.get("lesson")
-        how = ["--steps", str(self.order["steps"]), "--batch", str(self.order["batch"])]
+        how = self.order["how"]
         if self.kind in ("zeroed", "described"):
             module = [sys.executable, "-m", "studio.comparing.bare_base", self.kind, "--base", self.order["base"]]
             if self.kind == "described":
@@ -197,7 +197,15 @@ class _Maker:
             more += ["--metrics", metric]
         for option, folder in (("--clip", evaluation.clip), ("--dino", evaluation.dino)):
             more += [option, str(Path(folder).expanduser().resolve())] if folder else []
-        return {"steps": evaluation.steps, "batch": evaluation.batch, "more": more}
+        if lesson.name in self.study.tunes:
+            how = ["--sounds", str(evaluation.sounds), "--seconds", f"{evaluation.seconds:g}"]
+            more = ["--clap", str(Path(evaluation.clap).expanduser().resolve())] if evaluation.clap else []
+        else:
+            how = self._drawn()
+        return {"how": how, "more": more}
+
+    def _drawn(self) -> list[str]:
+        return ["--steps", str(self.study.evaluation.steps), "--batch", str(self.study.evaluation.batch)]
 
     def sums(self) -> Iterator[Job]:
         for group in self.study.sums:
@@ -295,9 +303,7 @@ class _Maker:
         for share in (0.0, *pruning.shares) if pruning else ():
             assert pruning is not None
             mark = _digest("zeroed", share, pruning.glyphs, self._how(), self.base)
-            evaluation = self.study.evaluation
-            order = {"base": base, "share": share, "glyphs": pruning.glyphs}
-            order |= {"steps": evaluation.steps, "batch": evaluation.batch}
+            order = {"base": base, "share": share, "glyphs": pruning.glyphs, "how": self._drawn()}
             name = f"zeroed--{share:g}".replace(".", "_")
             yield Job(name, "zeroed", {"share": share}, mark, self.folder, order=order)
 

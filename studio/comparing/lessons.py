@@ -1,4 +1,4 @@
-"""Lessons as folders: pictures with captions to learn from, and others of the same to compare with.
+"""Lessons as folders: pictures or sounds with captions to learn from, and others of the same to compare with.
 
 Held-out glyphs and styles are rendered by the sticker world, the same pictures for the same name. A style's references
 are the very things that its protocol asks for, drawn in that style.
@@ -7,6 +7,7 @@ are the very things that its protocol asks for, drawn in that style.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageFilter
 
-from studio.comparing.study import Folder, Study, Style
+from studio.comparing.study import Folder, Study, Style, Tune
+from studio.data.melodies.folder import Pieces, write_folder
 from studio.data.stickers import COLOURS, Ground, Scene, Thing, glyphs, picture, render
 from studio.errors import PresetError, nearest
 from studio.evaluate.protocol import Protocol, read_protocol
@@ -70,6 +72,11 @@ def make_lesson(study: Study, name: str, folder: Path) -> Lesson:
     if name in study.folders:
         return _own(study.folders[name], name, index, trigger)
     place = folder / slugify(name)
+    if name in study.tunes:
+        tune = study.tunes[name]
+        for part, count, seed in (("pictures", tune.pieces, 0), ("references", tune.compared, 1)):
+            _play_tune(tune, place / part, count, seed)
+        return Lesson(name, index, tune.tradition, place / "pictures", place / "references", trigger, "", "{trigger}")
     learned, compared = place / "pictures", place / "references"
     if name in study.subjects:
         _render_subject(name, learned, compared)
@@ -97,6 +104,14 @@ def _own(own: Folder, name: str, index: int, trigger: str) -> Lesson:
             raise PresetError(f"the lesson '{name}': there is no folder '{path}'")
     caption = "a {trigger} {class}" if own.class_word else "a {trigger}"
     return Lesson(name, index, "subject", pictures, references, trigger, "", caption, class_word=own.class_word)
+
+
+def _play_tune(tune: Tune, folder: Path, count: int, seed: int) -> None:
+    """Lines of the mode alone, without drone and drum, which would capture a pitch tracker."""
+    if len(list(folder.glob("*.wav"))) == count and (folder / "metadata.jsonl").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    write_folder(Pieces(folder, count, tune.seconds, mode=tune.mode, instrument=tune.instrument, stems=True, seed=seed))
 
 
 def _render_subject(name: str, learned: Path, compared: Path) -> None:

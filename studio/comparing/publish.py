@@ -13,6 +13,7 @@ from studio.comparing.plots import Axis, Point, scatter
 from studio.comparing.study import Study
 from studio.comparing.table import (
     COLUMNS,
+    KINDS,
     compared,
     leading,
     of_kind,
@@ -25,12 +26,12 @@ from studio.files import slugify, write_atomically
 from studio.samples import save_png
 
 Result = dict[str, Any]
-#: file -> (title, x, is x logarithmic); similarity is on y
+#: file -> (what is on x, its column, is it logarithmic); how well the lesson was learned is on y
 PLOTS = {
-    "quality-parameters": ("Similarity against trained parameters", "num_trainable_params", True),
-    "quality-drift": ("Similarity against drift on unrelated prompts", "drift", False),
-    "quality-memory": ("Similarity against peak memory", "accelerator_memory_max", False),
-    "quality-seconds": ("Similarity against seconds a step", "step_seconds", False),
+    "quality-parameters": ("trained parameters", "num_trainable_params", True),
+    "quality-drift": ("drift on unrelated prompts", "drift", False),
+    "quality-memory": ("peak memory", "accelerator_memory_max", False),
+    "quality-seconds": ("seconds a step", "step_seconds", False),
 }
 
 
@@ -93,7 +94,7 @@ def _base(results: Sequence[Result]) -> str:
 
 def _plots(study: Study, results: Sequence[Result], out: Path) -> list[Path]:
     made = []
-    for kind in ("subject", "style"):
+    for kind, heading in KINDS.items():
         trained = compared(study, results, kind)
         if not trained:
             continue
@@ -102,17 +103,18 @@ def _plots(study: Study, results: Sequence[Result], out: Path) -> list[Path]:
         for label, suffix in (("base alone", "_base"), ("references", "_references")):
             found = summarised(one_each(trained), suffix).get(lead)
             levels |= {label: found.mean} if found else {}
-        for stem, (title, column, logarithmic) in PLOTS.items():
+        for stem, (against, column, logarithmic) in PLOTS.items():
             points = []
             for cell in study.cells:
                 found_here = summarised(of_kind(trained, "training", cell=cell.name))
                 if column in found_here and lead in found_here:
                     points.append(Point(cell.name, found_here[column], found_here[lead]))
             if points:
-                heading = f"{title} ({kind}s)"
+                name = COLUMNS[lead][0]
+                title = f"{name[0].upper()}{name[1:]} against {against} ({heading.lower()})"
                 axes = Axis(COLUMNS[column][0], logarithmic), Axis(COLUMNS[lead][0])
                 path = out / f"{stem}-{kind}s.png"
-                save_png(scatter(heading, *axes, points, levels), path, {"study": stem})
+                save_png(scatter(title, *axes, points, levels), path, {"study": stem})
                 made.append(path)
     return made
 

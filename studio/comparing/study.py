@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from studio.data.melodies.modes import MODES
 from studio.data.stickers import COLOURS, TINTS
 from studio.errors import PresetError, StudioError, nearest
 from studio.evaluate.protocol import read_protocol
@@ -39,8 +40,36 @@ class Style(_Part):
         return self
 
 
+class Tune(_Part):
+    """A mode of the melody world, as lines of one instrument or of all that its tradition has."""
+
+    mode: str = Field(description="A raga, a makam, major or minor.")
+    instrument: str = Field("", description="Who plays. Default: all in turn.")
+    pieces: int = Field(24, ge=4, le=1000, description="How many pieces are learned from.")
+    compared: int = Field(24, ge=4, le=1000, description="How many others are compared with.")
+    seconds: float = Field(6.0, ge=1, le=60, description="Length of each.")
+
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, mode: str) -> str:
+        tradition_of(mode)
+        return mode
+
+    @property
+    def tradition(self) -> str:
+        return tradition_of(self.mode)
+
+
+def tradition_of(mode: str) -> str:
+    """Which music has a mode. Raises ValueError, naming the nearest."""
+    found = next((tradition for tradition, modes in MODES.items() if mode in modes), None)
+    if found is None:
+        raise ValueError(f"there is no mode '{mode}': {nearest(mode, [m for modes in MODES.values() for m in modes])}")
+    return found
+
+
 class Folder(_Part):
-    """Somebody's own pictures."""
+    """Somebody's own pictures or recordings."""
 
     pictures: str = Field(description="What to learn from.")
     references: str = Field(description="Other pictures of the same, to compare with.")
@@ -126,6 +155,9 @@ class Evaluation(_Part):
     metrics: tuple[str, ...] = Field((), description="judge, palette, clip, dino. Default: what fits the base.")
     clip: str = Field("", description="Folder of a CLIP model.")
     dino: str = Field("", description="Folder of a DINO model.")
+    sounds: int = Field(12, ge=2, description="Music: how many sounds are played.")
+    seconds: float = Field(6.0, ge=1, description="Music: how long they are.")
+    clap: str = Field("", description="Music: folder of a CLAP model.")
 
 
 class Study(_Part):
@@ -136,6 +168,7 @@ class Study(_Part):
     settings: dict[str, Any] = Field({}, description="Fields of that preset, changed for all cells.")
     subjects: dict[str, str] = Field({}, description="Held-out glyphs, each with the nearest known thing.")
     styles: dict[str, Style] = Field({}, description="Styles by name.")
+    tunes: dict[str, Tune] = Field({}, description="Modes of music, by name of the lesson.")
     folders: dict[str, Folder] = Field({}, description="Lessons of one's own, by name.")
     taught: tuple[str, ...] | None = Field(
         None, description="What a cell is measured on that names no lessons. Default: all lessons; []: none."
@@ -158,7 +191,7 @@ class Study(_Part):
     @property
     def lessons(self) -> list[str]:
         """All lessons by name, in the study's order."""
-        return [*self.subjects, *self.styles, *self.folders]
+        return [*self.subjects, *self.styles, *self.tunes, *self.folders]
 
     def taught_to(self, cell: Cell) -> tuple[str, ...]:
         """What a cell learns for the comparison; sums and merges may want more."""
@@ -167,7 +200,7 @@ class Study(_Part):
     @model_validator(mode="after")
     def _names_are_known(self) -> Study:
         if not self.lessons:
-            raise ValueError("there is nothing to learn: give subjects, styles or folders")
+            raise ValueError("there is nothing to learn: give subjects, styles, tunes or folders")
         groups = (*self.sums, *self.merges)
         lists = [self.taught or (), *(cell.lessons for cell in self.cells), *(group.lessons for group in groups)]
         named = [name for names in lists for name in names]

@@ -20,6 +20,19 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "clip_text": ("CLIP-T", "figures", ".3f"),
     "dino_similarity": ("DINO", "figures", ".3f"),
     "palette_similarity": ("colours", "figures", ".3f"),
+    "held_out_loss": ("held-out loss", "figures", ".3f"),
+    "in_scale": ("in scale", "figures", ".3f"),
+    "mode_likelihood": ("mode, nats a frame", "figures", ".3f"),
+    "mode_margin": ("over other modes, nats", "figures", ".3f"),
+    "mode_right": ("mode right", "figures", ".2f"),
+    "direction": ("direction kept", "figures", ".3f"),
+    "ornament_distance": ("ornaments off by", "figures", ".3f"),
+    "frechet": ("Frechet distance", "figures", ".1f"),
+    "rhythm": ("rhythm", "figures", ".2f"),
+    "tempo_right": ("tempo right", "figures", ".2f"),
+    "instrument_right": ("instrument right", "figures", ".2f"),
+    "clap_text": ("CLAP-T", "figures", ".3f"),
+    "known_in_scale": ("known keys in scale", "figures", ".3f"),
     "ground_right": ("ground right", "figures", ".2f"),
     "position_right": ("place right", "figures", ".2f"),
     "glyph_right": ("thing right", "figures", ".2f"),
@@ -30,7 +43,9 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "accelerator_memory_max": ("peak, MiB", "training", ",.0f"),
 }
 UNITS = {"file_size": 1e3, "accelerator_memory_max": 2**20}
-LEADING = ("dino_similarity", "judge_similarity", "clip_similarity", "palette_similarity")
+LEADING = ("dino_similarity", "judge_similarity", "clip_similarity", "palette_similarity", "mode_right")
+
+KINDS = {"subject": "Subjects", "style": "Styles", "raga": "Ragas", "makam": "Makams", "western": "Keys"}
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,7 @@ class Table:
 
 def tables(study: Study, results: Sequence[Result]) -> list[Table]:
     """All tables for which there are results."""
-    kinds = {"subject": "Subjects", "style": "Styles"}
-    made = [_cells(study, results, kind, title) for kind, title in kinds.items()]
+    made = [_cells(study, results, kind, title) for kind, title in KINDS.items()]
     made += [_by_lesson(study, results), _sums(study, results), *merged(study, results), _zeroed(results)]
     return [table for table in made if table is not None]
 
@@ -177,7 +191,8 @@ def _by_lesson(study: Study, results: Sequence[Result]) -> Table | None:
         own = of_kind(trained, "training", cell=cell.name)
         if own:
             rows.append([cell.name, *(_lead_text(of_kind(own, "training", lesson=name)) for name in lessons)])
-    return Table("Similarity by lesson", ["cell", *lessons], rows)
+    name = COLUMNS[leading(trained)][0]
+    return Table(f"{name[0].upper()}{name[1:]} by lesson", ["cell", *lessons], rows)
 
 
 def _lead_text(results: Sequence[Result]) -> str:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -54,9 +54,19 @@ def _tidy(text: str) -> str:
 class Captions:
     """The captions of a folder's pictures, and what is odd about them."""
 
-    def __init__(self, listing: Listing, template: str, fill: Mapping[str, str]) -> None:
-        """Reads the metadata files. Raises DataError with the line of what is malformed, PresetError."""
-        self.listing, self.fill = listing, fill
+    def __init__(
+        self,
+        listing: Listing,
+        template: str,
+        fill: Mapping[str, str],
+        told: Callable[[Mapping[str, Any], str], str] | None = None,
+    ) -> None:
+        """Reads the metadata files. Raises DataError with the line of what is malformed, PresetError.
+
+        `told` makes a caption of a row without one, from other columns, or "" of a row that has none of them either; it
+        is given where the row stands and may raise DataError.
+        """
+        self.listing, self.fill, self.told = listing, fill, told
         self.template = fill_template(template, fill)
         self.warnings: list[str] = []
         self.from_metadata: dict[Path, str] = {}
@@ -129,6 +139,10 @@ class Captions:
     def _text_of(self, path: Path, line: int, row: Mapping[str, Any]) -> str:
         """The caption of a row, "" if it is left empty."""
         key = next((key for key in TEXT_KEYS if key in row), None)
+        if self.told is not None and (key is None or not row[key]):
+            caption = self.told(row, f"'{self.listing.name(path)}', line {line}")
+            if caption:
+                return caption
         if key is None:
             raise self._malformed(path, line, "it has neither 'text' nor 'caption'")
         value = "" if row[key] is None else row[key]

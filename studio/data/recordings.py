@@ -18,6 +18,7 @@ from torch import Tensor
 
 from studio.data.captions import Captions
 from studio.data.listing import SOUND_ENDINGS, Listing, list_folder
+from studio.data.melodies.fields import told_by_fields
 from studio.data.sounds import Sound, UnusableSound, read_sound
 from studio.errors import DataError
 from studio.files import sha256_of
@@ -97,7 +98,7 @@ def scan_recordings(
     listing = list_folder(folder)
     if not listing.sounds:
         raise DataError(f"there are no sounds in '{folder}'", f"put {', '.join(SOUND_ENDINGS)} files into it")
-    captions = Captions(replace(listing, pictures=listing.sounds), data.caption, fill)
+    captions = sound_captions(listing, data.caption, fill)
     recordings: list[list[Piece]] = []
     dropped: list[tuple[str, str]] = []
     warnings: list[str] = []
@@ -133,6 +134,11 @@ def scan_recordings(
         dict(sorted(lengths.items())),
     )
     return SoundSet(kept, held_out, report, fingerprint_of(kept))
+
+
+def sound_captions(listing: Listing, template: str, fill: Mapping[str, str]) -> Captions:
+    """The captions of a folder's sounds; fields of music in its metadata are checked and put into words."""
+    return Captions(replace(listing, pictures=listing.sounds), template, fill, told_by_fields)
 
 
 def cut(whole: Piece, seconds: float) -> list[Piece]:

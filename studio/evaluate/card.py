@@ -167,18 +167,18 @@ def read_references(folder: Path | None, protocol: Protocol) -> list[Image.Image
 
 def trained_on(path: Path) -> Path | None:
     """The pictures that an adapter was trained on, if its run is known and they are still there."""
-    told = _recipe(path).get("data", {}).get("path")
+    told = recipe_of(path).get("data", {}).get("path")
     folder = Path(str(told).replace("{assets}", str(assets_dir()))).expanduser() if told else None
     return folder if folder is not None and folder.is_dir() else None
 
 
 def adapter_base(question: Question) -> str:
     """The base to load for a question: as asked, as the adapter's run has it, or as the adapter says."""
-    own = _recipe(find(_name(question.adapter))).get("base")
+    own = recipe_of(find(_name(question.adapter))).get("base")
     return question.base or own or parse_use(question.adapter).base
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def recipe_of(path: Path) -> dict[str, Any]:
     """The preset of the run that made an adapter's file; empty if that is not known."""
     run = run_of(path)
     return read_preset(str(run.preset_path)) if run is not None and run.preset_path.exists() else {}

@@ -72,15 +72,15 @@ def _page(answer: Answer) -> str:
     repeats = [f"seed {i}" for i in range(len(exhibit.worn.repeated))]
     parts = [
         f"<h1>{title}</h1><p>{html.escape(how)}</p>",
-        "<h2>Figures</h2>" + _table(("", "adapter", "base alone", "references"), figure_rows(card["figures"])),
-        "<h2>Training</h2>" + _table(("", ""), [(key, _fact(value)) for key, value in card["training"].items()]),
+        "<h2>Figures</h2>" + table(("", "adapter", "base alone", "references"), figure_rows(card["figures"])),
+        "<h2>Training</h2>" + table(("", ""), [(key, fact(value)) for key, value in card["training"].items()]),
         "<h2>In new settings</h2>" + _pictures(prompts, exhibit.worn.settings, exhibit.alone.settings),
         "<h2>Unrelated prompts</h2>"
         + _pictures(exhibit.protocol.unrelated, exhibit.worn.unrelated, exhibit.alone.unrelated),
         f"<h2>{html.escape(exhibit.protocol.repeated)}, over seeds</h2>"
         + _pictures(repeats, exhibit.worn.repeated, exhibit.alone.repeated),
         "<h2>References</h2><p>" + "".join(_inline(p, "reference") for p in exhibit.references) + "</p>",
-        f"<h2>Machine</h2>{_table(('', ''), list(card['machine'].items()))}",
+        f"<h2>Machine</h2>{table(('', ''), list(card['machine'].items()))}",
     ]
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
@@ -89,11 +89,13 @@ def _page(answer: Answer) -> str:
     )
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any) -> str:
+    """A figure of the training as text."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An HTML table whose first column heads its rows."""
     top = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in head)
     body = "".join(
         f"<tr><th scope='row'>{html.escape(str(row[0]))}</th>"

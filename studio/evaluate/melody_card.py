@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
 from studio.data.melodies.cycles import TEMPI
-from studio.data.melodies.fields import Fields, caption_of, draw_fields
+from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo
 from studio.data.melodies.modes import MODES, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
@@ -98,9 +98,11 @@ class Heard:
     instrument: str
 
 
-def fit_judge(rate_hz: int, seconds: float, pieces: int = JUDGE_PIECES) -> tuple[TimbreJudge, float]:
+def fit_judge(
+    rate_hz: int, seconds: float, pieces: int = JUDGE_PIECES, traditions: Sequence[str] = TRADITIONS
+) -> tuple[TimbreJudge, float]:
     """A judge of instruments, and the share of other renderings that it is right about."""
-    drawn = [draw_melody(("timbre", i), seconds, rate_hz, TRADITIONS) for i in range(pieces)]
+    drawn = [draw_melody(("timbre", i), seconds, rate_hz, traditions, stem=True) for i in range(pieces)]
     features = np.stack([timbre_features(piece.wave[0].numpy(), rate_hz) for piece in drawn])
     names = [piece.score.fields.instrument for piece in drawn]
     split = pieces * 3 // 4
@@ -127,7 +129,7 @@ def marks(heard: Heard, fields: Fields) -> dict[str, float]:
     return {
         "in_scale": in_scale_share(cents, modes[fields.mode].degrees) if known else float("nan"),
         "mode": float(len(cents) > 0 and likeliest(cents, scales, tonic_known=known) == fields.mode),
-        "tempo": float(_tempo_fits(heard.tempo, fields)),
+        "tempo": float(tempo_fits(heard.tempo, fields)),
         "instrument": float(heard.instrument == fields.instrument),
     }
 
@@ -138,7 +140,7 @@ def _key_cents(fields: Fields) -> float:
     return 100.0 * (KEYS.index(fields.key) - 9)
 
 
-def _tempo_fits(tempo: float, fields: Fields) -> bool:
+def tempo_fits(tempo: float, fields: Fields) -> bool:
     low, high = TEMPI[fields.tradition][fields.tempo]
     return any(low / TEMPO_SLACK <= tempo * octave <= high * TEMPO_SLACK for octave in (0.5, 1, 2))
 
@@ -156,12 +158,13 @@ def measure_prompts(
     asked, played, rendered = [], [], []
     for number in range(count):
         rng = numpy_generator("melody prompt", seed, number)
-        fields = draw_fields(rng, (TRADITIONS[number % len(TRADITIONS)],), held_out=number % 2 == 1)
-        prompt = caption_of(fields, rng)
+        fields = draw_fields(rng, (TRADITIONS[number % len(TRADITIONS)],), held_out=number % 2 == 1, taught=True)
+        prompt = solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
         sound = base.generate(Request([prompt], [number], seconds=seconds))[0]
         if out is not None:
             save_sound(sound, out / f"{number:03d}.wav", {"prompt": prompt, "seed": number})
-        truth = draw_melody(("rendered", seed, number), seconds, base.sample_rate_hz, TRADITIONS, fields=fields)
+        key = ("rendered", seed, number)
+        truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
         asked.append(fields)
         played.append(listen(sound.wave.mean(0).numpy(), base.sample_rate_hz, judge))
         rendered.append(listen(truth.wave[0].numpy(), base.sample_rate_hz, judge))

@@ -30,12 +30,19 @@ def chance_in_scale(degrees: Sequence[float], tolerance: float = TOLERANCE) -> f
     return in_scale_share(places, degrees, tolerance)
 
 
-def log_likelihood(cents: Array, degrees: Sequence[float]) -> float:
-    """Mean log density per frame, in nats per cent: equal Gaussians at the degrees, and a floor. NaN without frames."""
+def log_likelihood(cents: Array, degrees: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Mean log density per frame, in nats per cent: Gaussians at the degrees, and a floor. NaN without frames.
+
+    The Gaussians are equal, or have these weights, which sum to one.
+    """
     if not len(cents):
         return float("nan")
     bells = np.exp(-0.5 * (_distances(cents, degrees) / SPREAD) ** 2) / (SPREAD * np.sqrt(2 * np.pi))
-    return float(np.log((1 - FLOOR) * bells.mean(1) + FLOOR / OCTAVE).mean())
+    return float(
+        np.log(
+            (1 - FLOOR) * (bells.mean(1) if weights is None else bells @ np.asarray(weights)) + FLOOR / OCTAVE
+        ).mean()
+    )
 
 
 def likeliest(cents: Array, scales: Mapping[str, Sequence[float]], tonic_known: bool = True) -> str:

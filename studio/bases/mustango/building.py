@@ -76,11 +76,14 @@ DEBERTA_V3_LARGE: dict[str, Any] = {
 # -- small -------------------------------------------------------------------------------------------------------------
 
 SMALL_MEL: dict[str, Any] = {"sample_rate_hz": 8000, "fft": 512, "hop": 128, "bands": 64, "highest_hz": 4000.0}
+#: No attention on the finest level, of 1024 places: a training step of 4 clips takes 0.44 s of a core so, else 2.2.
 SMALL_MUNET: dict[str, Any] = {
+    "down_block_types": (PLAIN, CROSS, CROSS),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "sample_size": (64, 16),
     "in_channels": 8,
     "out_channels": 8,
-    "block_out_channels": (32, 48, 48),
+    "block_out_channels": (32, 40, 40),
     "layers_per_block": 1,
     "cross_attention_dim": 64,
     "attention_head_dim": 4,
@@ -131,13 +134,13 @@ PICO_HIFIGAN: dict[str, Any] = {
 
 
 def munet(settings: Mapping[str, Any]) -> Any:
-    """A MuNet with attention on every level but the coarsest, as the published one has it."""
+    """A MuNet with attention on every level but the coarsest, as the published one has it, if nothing else is said."""
     from studio.bases.mustango.network import MuNet
 
     levels = len(settings["block_out_channels"])
     downs = (CROSS,) * (levels - 1) + (PLAIN,)
     ups = tuple(kind.replace("Down", "Up") for kind in reversed(downs))
-    return MuNet(down_block_types=downs, up_block_types=ups, **settings)
+    return MuNet(**{"down_block_types": downs, "up_block_types": ups, **settings})
 
 
 def mel_vae(settings: Mapping[str, Any]) -> Any:
@@ -224,6 +227,8 @@ def melody_diffusion(words: Sequence[str], seed: int = 0) -> Mustango:
             "text_encoder": t5_encoder({**SMALL_T5, "vocab_size": len(tokenizer)}),
             "tokenizer": tokenizer,
         }
+        last = networks["vae"].decoder.conv_out  # log magnitudes are about -6, which steps of 1e-3 are long to reach
+        torch.nn.init.constant_(last.bias, -6.0)
         scheduler = DDIMScheduler(**SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
         return assembled(
             "melody-diffusion", networks, SMALL_MEL, 256, "Apache-2.0", beat_counts=18, scheduler=scheduler

@@ -163,6 +163,10 @@ class Mustango(Base):
         pairs = zip(request.prompts, request.seeds, strict=True)
         return [self._play(prompt, seed, seconds, request) for prompt, seed in pairs]
 
+    def generate_together(self, request: Request) -> list[Any]:
+        """The same: a MusicGen is faster so."""
+        return self.generate(request)
+
     @torch.no_grad()
     def _play(self, prompt: str, seed: int, seconds: float, request: Request) -> Sound:
         wanted = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from studio.data.melodies.cycles import CYCLES, FIELD_OF, MODE_FIELD_OF, TEMPI
-from studio.data.melodies.modes import MODES, OTHER_NAMES
+from studio.data.melodies.modes import MODES, OTHER_NAMES, UNTAUGHT
 from studio.data.melodies.voices import PLAYED, VOICES
 from studio.errors import DataError, nearest
 from studio.keyed import key_of
@@ -54,8 +54,10 @@ class Fields:
         return key_of("melody", self.tradition, self.instrument, self.mode, self.key) % HELD_OUT_SHARE == 0
 
 
-def draw_fields(rng: np.random.Generator, traditions: Sequence[str], held_out: bool = False) -> Fields:
-    """A random kind of piece, of one of the traditions and of that side of the split."""
+def draw_fields(
+    rng: np.random.Generator, traditions: Sequence[str], held_out: bool = False, taught: bool = False
+) -> Fields:
+    """A random kind of piece, of one of the traditions and of that side of the split; `taught`: none of `UNTAUGHT`."""
     while True:
         tradition = _one(rng, traditions)
         fields = Fields(
@@ -66,7 +68,7 @@ def draw_fields(rng: np.random.Generator, traditions: Sequence[str], held_out: b
             _one(rng, list(TEMPI[tradition])),
             _one(rng, KEYS) if tradition == "western" else "",
         )
-        if fields.is_held_out == held_out:
+        if fields.is_held_out == held_out and not (taught and fields.mode in UNTAUGHT):
             return fields
 
 
@@ -97,6 +99,11 @@ def caption_of(fields: Fields, rng: np.random.Generator) -> str:
         parts = [f"{_article(what)} {what}", f"in makam {fields.mode}", f"on {voice}", usul]
     words = _joined(*parts).lower()
     return unaccented(words) if rng.random() < 0.25 else words
+
+
+def solo(caption: str, fields: Fields) -> str:
+    """The caption of the line alone, where the tradition has a drone or a drum."""
+    return caption if fields.tradition == "western" else f"{caption} solo"
 
 
 def _joined(*parts: str) -> str:
@@ -166,6 +173,28 @@ def check_fields(told: Mapping[str, str], where: str = "") -> dict[str, str]:
             raise DataError(f"{prefix}unknown {field} '{value}'", _nearest_name(value, field))
         checked[field] = name
     return checked
+
+
+def told_by_fields(row: Mapping[str, object], where: str) -> str:
+    """The caption of a row of metadata by its fields, as far as it has any: "slow raga yaman on a sitar in teental".
+
+    Raises DataError for a name that is none, beginning with `where`.
+    """
+    told = {field: value.strip() for field in _KNOWN if isinstance(value := row.get(field), str) and value.strip()}
+    if not told:
+        return ""
+    checked = check_fields(told, where)
+    tempo = checked.get("tempo", "")
+    what = f"{_article(tempo or 'piece')} {_joined(tempo, 'piece')}"
+    parts = [_joined(tempo, f"raga {checked['raga']}") if "raga" in checked else what]
+    parts += [f"in makam {checked['makam']}"] if "makam" in checked else []
+    key = _joined(checked.get("key", ""), checked.get("mode", ""))
+    parts += [f"in {key}"] if key else []
+    parts += [f"on {VOICES[checked['instrument']].phrase}"] if "instrument" in checked else []
+    parts += [f"in {checked['tala']}"] if "tala" in checked else []
+    parts += [f"in usul {checked['usul']}"] if "usul" in checked else []
+    parts += [f"in a {checked['rhythm']} rhythm"] if "rhythm" in checked else []
+    return _joined(*parts).lower()
 
 
 def _nearest_name(value: str, field: str) -> str:

@@ -141,6 +141,10 @@ def _performed(mode: Mode) -> Mode:
 PERFORMED = {name: _performed(mode) for name, mode in MAKAMS.items()}
 MODES: dict[str, dict[str, Mode]] = {"western": WESTERN, "raga": RAGAS, "makam": MAKAMS}
 
+#: What the bundled bases are never taught, so that an adapter has something to teach: of each tradition some modes, and
+#: of makams the whole kin of Hicaz, since one that is known would give the others away.
+UNTAUGHT = frozenset({"Yaman", "Todi", "Hicaz", "Uzzal", "Zirgüleli", "Saba"})
+
 
 def mode_of(tradition: str, name: str, intonation: str = "theory") -> Mode:
     """A mode by its exact name; `intonation` is `theory` or `performed` and matters to makams alone."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from studio.data.melodies.composing import Score, compose
-from studio.data.melodies.fields import Fields, caption_of, draw_fields
+from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo
 from studio.data.melodies.playing import play
 from studio.keyed import numpy_generator
 
@@ -30,17 +30,19 @@ def draw_melody(
     traditions: Sequence[str],
     *,
     held_out: bool = False,
+    taught: bool = False,
     stem: bool = False,
     intonation: str = "theory",
     fields: Fields | None = None,
 ) -> Melody:
     """The piece of a key, of one of the traditions or, where they are given, with these fields.
 
-    The same key gives the same line with and without `stem`, which leaves drone and drum out.
+    The same key gives the same line with and without `stem`, which leaves drone and drum out: then the caption says
+    "solo". `held_out` and `taught` are as in `draw_fields`.
     """
     rng = numpy_generator("melody", *key)
-    fields = fields or draw_fields(rng, traditions, held_out)
-    caption = caption_of(fields, rng)
+    fields = fields or draw_fields(rng, traditions, held_out, taught)
+    caption = solo(caption_of(fields, rng), fields) if stem else caption_of(fields, rng)
     score = compose(fields, rng, seconds, intonation)
     wave = torch.from_numpy(play(score, rng, rate_hz, stem))[None]
     return Melody(wave, caption, score)

@@ -1,7 +1,6 @@
-"""Training a whole MusicGen: how the base `melody` is made.
+"""A MusicGen from nothing: the codec on waves, then the decoder together with the text encoder on its codes.
 
-Two stages, as the authors made theirs (Copet et al. 2023): the codec on waves, then the decoder together with the text
-encoder on its codes. The codec trains as a plain autoencoder first: quantised from the start it fell silent.
+The codec trains as a plain autoencoder first: quantised from the start it fell silent.
 B batch, C channels, T samples, K codebooks, F frames.
 """
 
@@ -9,156 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from studio.base import Request
-from studio.bases.melody import build_melody
 from studio.bases.musicgen import MusicGen
-from studio.bases.registry import load_base
-from studio.data.melodies.pool import MelodyPool
-from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound
-from studio.errors import BaseError, PresetError
-from studio.fit import Group, Task
+from studio.errors import PresetError
 from studio.keyed import numpy_generator, torch_generator
-from studio.method import Method, register
 from studio.music.codebooks import Codebooks
 from studio.music.listening import save_sample
 from studio.music.spectra import spectral_distance
 from studio.preset import Preset
 from studio.run import Event, Run
+from trainers.scratch_music.pieces import MusicTask
 
 CODEBOOKS = "codebooks.safetensors"
 PIECE_SECONDS = 4.0  # of what the codec's crops are taken from
 FIRST_FRAMES = 64  # crops that codebooks begin with
 VALIDATION_PIECES = 16
-PARTS = ("audio_encoder", "text_encoder", "enc_to_dec_proj", "decoder")
 
 
-@register
-class ScratchMusic(Method):
-    """Trains a MusicGen whole, from random weights or from those of a folder."""
-
-    kind: Literal["scratch-music"] = "scratch-music"
-    paper = "Copet et al. 2023, Simple and Controllable Music Generation, arXiv 2306.05284"
-    learning_rate = 1e-3
-    train: Literal["codec", "decoder"] = Field(
-        "decoder", description="The codec, or the decoder together with its text encoder."
-    )
-    init_from: str | None = Field(None, description="Folder to take weights from. Default: random weights.")
-    fresh: tuple[Literal["audio_encoder", "text_encoder", "enc_to_dec_proj", "decoder"], ...] = Field(
-        (), description="Networks that start at random although init_from has them."
-    )
-    unquantised: float = Field(
-        0.35, ge=0, le=1, description="Codec: share of the steps that train a plain autoencoder, before codes begin."
-    )
-    commitment: float = Field(0.25, ge=0, description="Codec: weight of keeping frames near their codes.")
-    spectral_weight: float = Field(
-        0.3, ge=0, description="Codec: weight of the spectra's distance against the wave's relative squared error."
-    )
-
-    def base(self, preset: Preset) -> MusicGen:
-        """The networks to begin with: random, or those of `init_from`. Raises PresetError, BaseError."""
-        if preset.base != "melody":
-            raise PresetError(f"there is no blueprint of a MusicGen '{preset.base}'", "there is: melody")
-        base = build_melody(preset.seed)
-        if self.init_from is not None:
-            self._take(load_base(self.init_from, dtype=torch.float32, device="cpu"), base)
-        return base
-
-    def _take(self, trained: Any, base: MusicGen) -> None:
-        """Copies the weights of the parts that are not `fresh`."""
-        if not isinstance(trained, MusicGen):
-            raise PresetError(f"method.init_from: '{self.init_from}' makes no music", "give the folder of a MusicGen")
-        for part in PARTS:
-            if part in self.fresh:
-                continue
-            try:
-                getattr(base.denoiser, part).load_state_dict(getattr(trained.denoiser, part).state_dict())
-            except RuntimeError as error:
-                reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-                raise BaseError(f"the {part} of '{self.init_from}' is built otherwise: {reason}") from None
-
-    def task(self, base: MusicGen, preset: Preset, run: Run) -> CodecTask | DecoderTask:
-        if preset.data.source != "melodies":
-            raise PresetError("method 'scratch-music' draws its own data", "set data.source=melodies")
-        return (CodecTask if self.train == "codec" else DecoderTask)(self, base, preset, run)
-
-
-class _MusicTask(Task):
-    """What both stages share: the networks, the pieces, saving."""
-
-    networks: tuple[str, ...]
-    piece_seconds: float
-
-    def __init__(self, method: ScratchMusic, base: MusicGen, preset: Preset, run: Run) -> None:
-        self.method, self.base, self.preset, self.run = method, base, preset, run
-        self.modules: dict[str, Any] = {name: getattr(base.denoiser, name) for name in self.networks}
-        for module in self.modules.values():
-            module.requires_grad_(True)
-        self._train_mode(True)
-        self.pool = MelodyPool(self._piece, self._row, preset.data.pool, preset.data.refresh, preset.seed)
-
-    def _train_mode(self, on: bool) -> None:
-        for module in self.modules.values():
-            module.train(on)
-
-    def _row(self, waves: Tensor) -> Tensor:
-        """What the pool keeps of waves (B, 1, T)."""
-        return waves
-
-    def _piece(self, key: tuple[object, ...], held_out: bool = False) -> tuple[Tensor, str]:
-        data = self.preset.data
-        # A third of what a codec hears is the line alone, as it will be measured.
-        stem = data.stems or (self.method.train == "codec" and numpy_generator("stem", *key).random() < 1 / 3)
-        piece = draw_melody(
-            key,
-            self.piece_seconds,
-            self.base.sample_rate_hz,
-            data.traditions,
-            held_out=held_out,
-            stem=stem,
-            intonation=data.intonation,
-        )
-        return piece.wave, piece.caption
-
-    def _held_out(self, count: int) -> list[tuple[Tensor, str]]:
-        """Pieces of combinations that training never has."""
-        return [self._piece(("validation", i), held_out=True) for i in range(count)]
-
-    def groups(self) -> list[Group]:
-        named: dict[str, nn.Parameter] = {}
-        for name, module in self.modules.items():
-            named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
-        return [Group(named)]
-
-    def check_first_step(self) -> None:
-        silent = [name for name, p in self.groups()[0].parameters.items() if p.grad is None]
-        if silent:
-            raise PresetError(f"no gradient reaches '{silent[0]}'")
-
-    def describe(self, step: int, micro: int, slots: range) -> str:
-        return f"melodies of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
-
-    def save(self, folder: Path, step: int) -> Path:
-        save_musicgen(self.base, folder / "base")
-        return folder / "base"
-
-
-class CodecTask(_MusicTask):
+class CodecTask(MusicTask):
     """Reconstruction, later through codes: the wave's squared error relative to its power + the spectra's distance.
 
     Absolute errors in place of squared ones left a trial silent: at first only the loud fundamental can be learned.
     """
 
     networks = ("audio_encoder",)
+    taught = False
     piece_seconds = PIECE_SECONDS
 
-    def __init__(self, method: ScratchMusic, base: MusicGen, preset: Preset, run: Run) -> None:
+    def __init__(self, method: Any, base: MusicGen, preset: Preset, run: Run) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise PresetError("a codec trains in one process: its codebooks are not shared", "start one process")
         super().__init__(method, base, preset, run)
@@ -227,6 +110,9 @@ class CodecTask(_MusicTask):
             sound = Sound(torch.cat([wave, pause, heard], 1), self.base.sample_rate_hz)
             yield save_sample(self.run, sound, step, column, f"{caption}, then the same through the codec", column)
 
+    def _write(self, folder: Path) -> None:
+        save_musicgen(self.base, folder)
+
     def save(self, folder: Path, step: int) -> Path:
         if folder != self.run.folder:  # a checkpoint, not the end
             folder.mkdir(parents=True, exist_ok=True)
@@ -234,12 +120,12 @@ class CodecTask(_MusicTask):
         return super().save(folder, step)
 
 
-class DecoderTask(_MusicTask):
+class DecoderTask(MusicTask):
     """Cross-entropy of the codes of pieces under their captions, with the text encoder trained along."""
 
     networks = ("text_encoder", "enc_to_dec_proj", "decoder")
 
-    def __init__(self, method: ScratchMusic, base: MusicGen, preset: Preset, run: Run) -> None:
+    def __init__(self, method: Any, base: MusicGen, preset: Preset, run: Run) -> None:
         self.piece_seconds = preset.data.seconds
         if self.piece_seconds > base.longest_seconds:
             raise PresetError(
@@ -250,6 +136,9 @@ class DecoderTask(_MusicTask):
 
     def _row(self, waves: Tensor) -> Tensor:
         return self.base.encode_sounds(waves).short()
+
+    def _write(self, folder: Path) -> None:
+        save_musicgen(self.base, folder)
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         codes, captions = self.pool.batch(step, micro, slots)

@@ -1,0 +1,91 @@
+"""What all trainings of music from nothing share: pieces of the melody world, networks, saving. T samples."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from studio.data.melodies.pool import MelodyPool
+from studio.data.melodies.source import Melody, draw_melody
+from studio.errors import PresetError
+from studio.fit import Group, Task
+from studio.keyed import numpy_generator
+from studio.preset import Preset
+from studio.run import Run
+
+
+class MusicTask(Task):
+    """What both stages share: the networks, the pieces, saving."""
+
+    networks: tuple[str, ...]
+    piece_seconds: float
+    taught = True  # leaves out what adapters are to teach; a network that is told nothing may hear all
+
+    def __init__(self, method: Any, base: Any, preset: Preset, run: Run) -> None:
+        self.method, self.base, self.preset, self.run = method, base, preset, run
+        self.modules = self._networks()
+        for module in self.modules.values():
+            module.requires_grad_(True)
+        self._train_mode(True)
+        self.pool = MelodyPool(self._piece, self._row, preset.data.pool, preset.data.refresh, preset.seed)
+
+    def _networks(self) -> dict[str, Any]:
+        """What is trained, by name."""
+        return {name: getattr(self.base.denoiser, name) for name in self.networks}
+
+    def _train_mode(self, on: bool) -> None:
+        for module in self.modules.values():
+            module.train(on)
+
+    def _row(self, waves: Tensor) -> Tensor:
+        """What the pool keeps of waves (B, 1, T)."""
+        return waves
+
+    def _piece(self, key: tuple[object, ...], held_out: bool = False) -> tuple[Tensor, str]:
+        data = self.preset.data
+        # A third of the pieces are the line alone, as it will be measured.
+        stem = data.stems or numpy_generator("stem", *key).random() < 1 / 3
+        piece = draw_melody(
+            key,
+            self.piece_seconds,
+            self.base.sample_rate_hz,
+            data.traditions,
+            held_out=held_out,
+            taught=self.taught,
+            stem=stem,
+            intonation=data.intonation,
+        )
+        return piece.wave, self._told(piece)
+
+    def _told(self, piece: Melody) -> str:
+        """What the network is told of a piece."""
+        return piece.caption
+
+    def _held_out(self, count: int) -> list[tuple[Tensor, str]]:
+        """Pieces of combinations that training never has."""
+        return [self._piece(("validation", i), held_out=True) for i in range(count)]
+
+    def groups(self) -> list[Group]:
+        named: dict[str, nn.Parameter] = {}
+        for name, module in self.modules.items():
+            named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
+        return [Group(named)]
+
+    def check_first_step(self) -> None:
+        silent = [name for name, p in self.groups()[0].parameters.items() if p.grad is None]
+        if silent:
+            raise PresetError(f"no gradient reaches '{silent[0]}'")
+
+    def describe(self, step: int, micro: int, slots: range) -> str:
+        return f"melodies of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
+
+    def save(self, folder: Path, step: int) -> Path:
+        self._write(folder / "base")
+        return folder / "base"
+
+    @abstractmethod
+    def _write(self, folder: Path) -> None:
+        """The whole base as a folder that its libraries load."""

@@ -1,0 +1,182 @@
+"""A small Mustango from nothing: the autoencoder on spectrograms, then the denoiser with all that tells it something.
+
+Pieces are told as their captions, their beats and, of those in a key, the chord of the tonic.
+B batch, T samples, L frames, M bands, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from studio.base import Request
+from studio.bases.folder import forget_origin
+from studio.bases.mustango.family import Mustango, without
+from studio.bases.mustango.mel import levelled
+from studio.data.melodies.cycles import CYCLES
+from studio.data.melodies.source import Melody
+from studio.data.sounds import Sound
+from studio.keyed import torch_generator
+from studio.music.listening import save_sample
+from studio.music.score import read_score
+from studio.preset import Preset
+from studio.run import Event, Run
+from trainers.scratch_music.pieces import MusicTask
+
+VALIDATION_PIECES = 16
+KL_WEIGHT = 1e-4
+LOUDNESS = 3.0  # the spread of log magnitudes, which brings their errors to about one
+
+
+class SpectrogramTask(MusicTask):
+    """What both stages share: pieces of the base's own length, and a pipeline folder."""
+
+    networks: tuple[str, ...]
+
+    def __init__(self, method: Any, base: Mustango, preset: Preset, run: Run) -> None:
+        self.piece_seconds = base.longest_seconds
+        super().__init__(method, base, preset, run)
+
+    def _networks(self) -> dict[str, Any]:
+        return {name: self.base.modules[name] for name in self.networks}
+
+    def _told(self, piece: Melody) -> str:
+        return told(piece)
+
+    def _write(self, folder: Path) -> None:
+        save_mustango(self.base, folder)
+
+
+def told(piece: Melody) -> str:
+    """A caption with beats and chords, as a prompt has them."""
+    fields, beats = piece.score.fields, CYCLES[piece.score.fields.tradition][piece.score.fields.cycle].beats
+    counted = " ".join(f"{i % beats + 1}@{at:.2f}" for i, at in enumerate(piece.score.beats))
+    chord = fields.key.replace(" sharp", "#").replace(" flat", "b") + ("m" if fields.mode == "minor" else "")
+    return f"{piece.caption} | beats: {counted} | chords: {chord or 'none'}"
+
+
+class AutoencoderTask(SpectrogramTask):
+    """Reconstruction of log spectrograms: squared error + half the absolute one + KL, on means."""
+
+    networks = ("vae",)
+    taught = False
+
+    def _row(self, waves: Tensor) -> Tensor:
+        return self.base.pipe.spectrogram.of(levelled(waves[:, 0]))
+
+    def losses(self, step: int, micro: int, slots: range) -> Tensor:
+        mels, _ = self.pool.batch(step, micro, slots)
+        keys = [("latents", self.preset.seed, step, micro, slot) for slot in slots]
+        return self._loss(mels.to(self.base.device), keys)
+
+    def _loss(self, mels: Tensor, keys: Sequence[tuple[object, ...]]) -> Tensor:
+        vae = self.base.pipe.vae
+        latents = vae.encode(mels).latent_dist
+        noise = torch.stack([torch.randn(latents.mean.shape[1:], generator=torch_generator(*key)) for key in keys])
+        heard = vae.decode(latents.mean + latents.std * noise.to(latents.mean)).sample.float()
+        error = (heard - mels) / LOUDNESS
+        kl = 0.5 * (latents.mean.float() ** 2 + latents.var.float() - 1 - latents.logvar.float())
+        return (error**2 + 0.5 * error.abs()).mean((1, 2, 3)) + KL_WEIGHT * kl.mean((1, 2, 3))
+
+    def _held_out_mels(self) -> Tensor:
+        return self._row(torch.stack([wave for wave, _ in self._held_out(VALIDATION_PIECES)])).to(self.base.device)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean absolute error in nats of log magnitudes, on combinations that training never has."""
+        mels, vae = self._held_out_mels(), self.base.pipe.vae
+        return float((vae.decode(vae.encode(mels).latent_dist.mode()).sample - mels).abs().mean())
+
+    @torch.no_grad()
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        """Each sample is a piece as its spectrogram sounds, a pause, and the same through the autoencoder."""
+        pipe = self.base.pipe
+        for column, (wave, _) in enumerate(self._held_out(2)):
+            mel = self._row(wave[None]).to(self.base.device)
+            both = [pipe.heard(mel), torch.zeros(1, self.base.sample_rate_hz // 2)]
+            both.append(pipe.heard(pipe.vae.decode(pipe.vae.encode(mel).latent_dist.mode()).sample))
+            sound = Sound(torch.cat([part.cpu() for part in both], 1), self.base.sample_rate_hz)
+            yield save_sample(self.run, sound, step, column, "a piece, then the same through the autoencoder", column)
+
+    def save(self, folder: Path, step: int) -> Path:
+        """Also measures the latents' spread, which the denoiser wants to be 1."""
+        with torch.no_grad():
+            latents = self.base.pipe.vae.encode(self._held_out_mels()).latent_dist.mode()
+        self.base.pipe.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+        return super().save(folder, step)
+
+
+class DenoiserTask(SpectrogramTask):
+    """Denoising of pieces' latents, told words, beats and chords, whose encoders are trained along."""
+
+    networks = ("unet", "text_encoder", "beat_encoder", "chord_encoder")
+
+    def _row(self, waves: Tensor) -> Tensor:
+        return self.base.encode_sounds(waves)
+
+    def losses(self, step: int, micro: int, slots: range) -> Tensor:
+        latents, prompts = self.pool.batch(step, micro, slots)
+        return self._loss(latents, prompts, [("sample", self.preset.seed, step, micro, slot) for slot in slots])
+
+    def _loss(self, latents: Tensor, prompts: list[str], keys: Sequence[tuple[object, ...]]) -> Tensor:
+        objective, pipe = self.base.objective, self.base.pipe
+        generators = [torch_generator(*key) for key in keys]
+        scores = [self._dropped(p, g) for p, g in zip(prompts, generators, strict=True)]
+        times = torch.stack([objective.draw_time(g) for g in generators])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(self.base.device)
+        clean = latents.to(self.base.device)
+        noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
+        condition = _encoded(pipe, scores)
+        error = self.base.predict(noisy, objective.network_time(times), condition).float() - target
+        loss = error.square().mean((1, 2, 3))
+        if self.preset.min_snr_gamma:
+            loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(error.device)
+        return loss
+
+    def _dropped(self, prompt: str, generator: torch.Generator) -> Any:
+        """The score, all of it left out with the preset's share, else each part by itself with the same share."""
+        drawn = torch.rand(4, generator=generator) < self.preset.data.caption_dropout
+        parts = ("text", "beats", "chords")
+        score = read_score(prompt).within(0.0, self.piece_seconds)
+        return without(score, *(part for part, drop in zip(parts, drawn[1:], strict=True) if drop or drawn[0]))
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        pieces = self._held_out(VALIDATION_PIECES)
+        latents = self._row(torch.stack([wave for wave, _ in pieces]))
+        keys: list[tuple[object, ...]] = [("validation", i) for i in range(len(pieces))]
+        return float(self._loss(latents, [prompt for _, prompt in pieces], keys).mean())
+
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        self._train_mode(False)
+        for column, prompt in enumerate(self.preset.sample_prompts):
+            request = Request([prompt], [column], steps=self.preset.sample_steps, seconds=self.preset.sample_seconds)
+            yield save_sample(self.run, self.base.generate(request)[0], step, column, prompt, column)
+        self._train_mode(True)
+
+
+def _encoded(pipe: Any, scores: list[Any]) -> dict[str, Tensor]:
+    """What `encode_scores` gives, with gradients into the text encoder."""
+    words = pipe.tokenizer([score.text for score in scores], padding=True, truncation=True, return_tensors="pt")
+    words = words.to(pipe.text_encoder.device)
+    text = pipe.text_encoder(input_ids=words.input_ids, attention_mask=words.attention_mask)[0]
+    return {"text": text, "mask": words.attention_mask, **pipe.encode_signs(scores)}
+
+
+def save_mustango(base: Mustango, folder: Path) -> None:
+    """Writes a pipeline folder: the large networks in fp16, what encodes in fp32."""
+    for name, part in base.pipe.components.items():
+        if part is None:
+            continue
+        if name in ("unet", "vae"):
+            own = {key: value.clone() for key, value in part.state_dict().items()}
+            part.half().save_pretrained(folder / name)
+            part.float().load_state_dict(own)
+        else:
+            part.save_pretrained(folder / name)
+    base.pipe.save_config(folder)
+    forget_origin(folder)
