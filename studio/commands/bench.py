@@ -14,13 +14,13 @@ PARTS = ("memory", "speed", "merge", "files", "video")
 
 
 def bench(
-    part: Annotated[str, typer.Argument(metavar="[memory|speed|merge|files|video]", help="Default: all.")] = "",
+    part: Annotated[str, typer.Argument(metavar="|".join(PARTS), help="Default: all.")] = "",
     case: Annotated[str, typer.Option(help="Only the cases with this in their name, such as sdxl or sticker.")] = "",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often everybody takes a turn.")] = 15,
     out_path: Annotated[Path | None, typer.Option("--out", help="Default: bench.md in the studio's home.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Memory, speed, merging and clips beside PEFT, diffusers, full fine-tuning. Example: studio bench memory --case sd15"""
+    """Memory, speed, merging and clips beside PEFT and diffusers. Example: studio bench memory --case sd15"""
     if part and part not in PARTS:
         raise RequestError(f"there is no benchmark '{part}'", nearest(part, PARTS))
     from studio.bench.run import run
