@@ -11,8 +11,8 @@ from torch import Tensor
 from studio.errors import DataError
 
 #: Cosine of the judge's feature of a picture and a subject's mean direction from which it counts as of that subject.
-#: Renderings of other subjects pass one time in a hundred, its own always: all 60 held-out glyphs, 8 references each and
-#: 8 pictures in other settings (`studio/comparing/lessons.py`); wrong 0.03 +- 0.17, own 0.89 +- 0.06.
+#: Renderings of other subjects pass one time in a hundred, its own always: all 60 held-out glyphs, 8 references and
+#: 8 pictures each in other settings (`studio/comparing/lessons.py`); wrong 0.03 +- 0.17, own 0.89 +- 0.06.
 SAME_THING = 0.454
 
 
