@@ -1,16 +1,13 @@
 """Outlines of bases: every layer by name and shape, and no weights.
 
-Enough to know which layers a LoRA file of another program means. Of a published model that is not on this disk the
-configurations are known by heart, so an outline needs neither a download nor memory.
+Enough to know which layers a LoRA file of another program means. The configurations of published models are known by
+heart, so an outline of one that is not on this disk needs no download.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 from studio.base import Base
 from studio.bases import folder, hub
 from studio.bases.checkpoint import read_checkpoint
-from studio.bases.published import configurations, write_configurations
+from studio.bases.published import configurations, text_configuration
 from studio.bases.quiet import quiet_libraries
 from studio.bases.registry import ALIASES, bundled, families, load_base
 
@@ -26,45 +23,58 @@ from studio.bases.registry import ALIASES, bundled, families, load_base
 def outline(name: str) -> Base:
     """The base of this name without weights; whole where it is known only by them. Raises BaseError."""
     quiet_libraries()
-    with _pipeline_folder(name) as path:
-        if path is None:
-            return load_base(name)
-        known = {cls.pipeline_class: cls for cls in families().values()}
-        family = known.get(folder.class_of(path))
-        if family is None:
-            return load_base(name)  # which says what it is instead
-        index = json.loads((path / folder.INDEX).read_text(encoding="utf-8"))
-        wanted = (family.denoiser_name, *family.text_encoder_names)
-        parts = {part: _empty(library, cls, _place(path, part)) for part, library, cls in _of(index, path, wanted)}
+    if (path := _pipeline_folder(name)) is not None:
+        return _of_folder(path, name)
+    if (published := _published(name)) is not None:
+        return _of_published(*published, name)
+    return load_base(name)
+
+
+def _pipeline_folder(name: str) -> Path | None:
+    """Where the base's configurations lie, if they are on this disk."""
+    if name in ALIASES:
+        path = hub.cached(ALIASES[name].repo)
+    else:
+        path = bundled().get(name) or Path(name).expanduser()
+    return path if path is not None and (path / folder.INDEX).is_file() else None
+
+
+def _published(name: str) -> tuple[str, str] | None:
+    """The layout and the family of a model whose configurations are known."""
+    path = Path(name).expanduser()
+    if name in ALIASES:
+        family = ALIASES[name].family
+        return None if family == "musicgen" else (name.removesuffix("-base"), family)
+    if path.suffix == ".safetensors" and path.is_file():
+        layout = read_checkpoint(path).layout
+        return layout.name, layout.family
+    return None
+
+
+def _of_folder(path: Path, name: str) -> Base:
+    checked = folder.open_folder(path)
+    family = next((cls for cls in families().values() if cls.pipeline_class == checked.pipeline_class), None)
+    if family is None:
+        return load_base(name)  # which says what it is instead
+    index = json.loads((path / folder.INDEX).read_text(encoding="utf-8"))
+    parts = {
+        part: _empty(library, class_name, _place(path, part))
+        for part, library, class_name in folder.parts_of(index, path)
+        if part in (family.denoiser_name, *family.text_encoder_names)
+    }
+    return _base(family, name, parts)
+
+
+def _of_published(layout: str, family_name: str, name: str) -> Base:
+    family = families()[family_name]
+    known = configurations(layout)
+    wanted = (family.denoiser_name, *family.text_encoder_names)
+    return _base(family, name, {part: _empty(*known[part]) for part in wanted if part in known})
+
+
+def _base(family: type[Base], name: str, parts: dict[str, Any]) -> Base:
     shown = name if name in bundled() or name in ALIASES else str(Path(name).expanduser().resolve())
     return family(shown, SimpleNamespace(components=parts))
-
-
-@contextmanager
-def _pipeline_folder(name: str) -> Iterator[Path | None]:
-    """A folder with the configurations of a pipeline's parts, or None."""
-    path = bundled().get(name) or Path(name).expanduser()
-    alias = ALIASES.get(name)
-    published = None
-    if alias is not None:
-        path = hub.cached(alias.repo) or Path()
-        published = (name.removesuffix("-base"), alias.family) if alias.family != "musicgen" else None
-    elif path.suffix == ".safetensors" and path.is_file():
-        layout = read_checkpoint(path).layout
-        published = layout.name, layout.family
-    if (path / folder.INDEX).is_file() and path != Path():
-        folder.open_folder(path)
-        yield path
-    elif published is not None:
-        with tempfile.TemporaryDirectory(prefix="studio-outline-") as configs:
-            write_configurations(configurations(published[0]), families()[published[1]].pipeline_class, Path(configs))
-            yield Path(configs)
-    else:
-        yield None
-
-
-def _of(index: dict[str, Any], path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    return (part for part in folder.parts_of(index, path) if part[0] in wanted)
 
 
 def _place(path: Path, part: str) -> Path:
@@ -73,11 +83,14 @@ def _place(path: Path, part: str) -> Path:
     return own if own.is_dir() else bundled()[folder.shared_in(path)["base"]] / part
 
 
-def _empty(library: str, class_name: str, place: Path) -> Any:
+def _empty(library: str, class_name: str, config: Path | dict[str, Any]) -> Any:
+    """A network of that configuration, or of the one in that folder, whose weights take no memory."""
     from accelerate import init_empty_weights
 
     cls = getattr(importlib.import_module(library), class_name)
     with init_empty_weights():
-        if library == "transformers":
-            return cls(cls.config_class.from_pretrained(place))
-        return cls.from_config(cls.load_config(place))
+        if library != "transformers":
+            return cls.from_config(config if isinstance(config, dict) else cls.load_config(config))
+        if isinstance(config, dict):
+            return cls(text_configuration(config))
+        return cls(cls.config_class.from_pretrained(config))

@@ -167,13 +167,18 @@ def _write_part(folder: Path, class_name: str, config: dict[str, Any]) -> None:
     if class_name == "CLIPTokenizer":
         clip_tokenizer(**config).save_pretrained(folder)
     elif class_name.startswith("CLIPTextModel"):
-        from transformers import CLIPTextConfig
-
-        sizes: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
-        ids: dict[str, Any] = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
-        CLIPTextConfig(**sizes, **ids, **config).save_pretrained(folder)
+        text_configuration(config).save_pretrained(folder)
     else:
         _write_whole_configuration(folder, class_name, config)
+
+
+def text_configuration(config: dict[str, Any]) -> Any:
+    """CLIP's, with what all of them have in common."""
+    from transformers import CLIPTextConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
+    ids: dict[str, Any] = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+    return CLIPTextConfig(**sizes, **ids, **config)
 
 
 def _write_whole_configuration(folder: Path, class_name: str, config: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from studio.deltas import Dense, LowRank, Sparse, WeightDelta, compress
 from studio.deltas.coding import Code, coding_error
 from studio.deltas.patches import stored_terms
 from studio.errors import AdapterError, RequestError
+from studio.importing.tensor_file import all_finite
 from studio.merging.plan import Guest, Plan
 from studio.merging.report import EXACT, MergeReport, Row
 from studio.merging.spool import Spool, header_bytes
@@ -100,7 +101,7 @@ class Merger:
             self._add_error(coding_error(change, terms["low_rank"]))
         for term, tensors in terms.items():
             for name, value in tensors.items():
-                if value.is_floating_point() and not value.isfinite().all():
+                if not all_finite(value):
                     raise AdapterError(f"the merge is not finite at '{site}' ({term}.{name})", "use smaller weights")
         return terms
 
@@ -128,10 +129,15 @@ class Merger:
             found = compress(change, rank, tolerance)
             if found.delta.rank * (change.height + change.width) < change.numel:
                 change, error = found.delta, found.error
-        norm = whole.norm()
+        norm = whole.norm() if self._may_lose else None
         form, kept = _form(change)
         self.report.rows.append(Row(site, len(guests), form, kept, norm, error if error > 1e-7 else 0.0))
         return change
+
+    @property
+    def _may_lose(self) -> bool:
+        recipe = self.plan.recipe
+        return self.plan.strategy.dense or any((recipe.rank, recipe.tolerance, recipe.compress))
 
     def _aim(self, deltas: list[WeightDelta], change: WeightDelta) -> tuple[int | None, float | None]:
         """(rank, tolerance) to bring a result down to; (None, None) keeps it as it is.
