@@ -267,6 +267,7 @@ class _Maker:
                 adapter=str(Run(job.run_folder).adapter_path),
                 trigger=a.trigger,
                 references=str(a.references),
+                known_as=a.known_as,
             )
             for a, job in zip(lessons, singles)
         ]
@@ -282,7 +283,8 @@ class _Maker:
             batch=evaluation.batch,
         )
         told = order.model_dump(mode="json", exclude={"concepts"})  # where files lie is no matter
-        mark = _digest(kind, told, [job.fingerprint for job in singles])
+        known = [lesson.known_as for lesson in lessons] if kind == "pairs" else []
+        mark = _digest(kind, told, [job.fingerprint for job in singles], *known)
         alone = [way.strategy for way in ways] == [ALONE]
         name = f"{'alone' if alone else kind}{'' if alone else len(singles)}--{slugify(cell.name)}--{seed}"
         facts = {"cell": cell.name, "seed": seed, "concepts": 1 if alone else len(singles)}

@@ -5,8 +5,8 @@
 
 `concepts` merges the adapters in each way and asks for every concept by its word: how often the judge takes the picture
 for that concept (`identity`), how like its references it is, and how much more the base errs on generic pictures
-(`loss_rise`). The way `alone` wears one adapter at a time. `pairs` asks for two neighbours in one picture twice as wide
-as high, by one prompt of the merged adapter and by regions, and looks at each half.
+(`loss_rise`). The way `alone` wears one adapter at a time. `pairs` asks for two neighbours in one picture of the
+base's own size, by one prompt of the merged adapter and by regions, and looks at each half.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Concept(BaseModel):
     adapter: str
     trigger: str
     references: str
+    known_as: str  # the nearest thing that the base knows
 
 
 class Order(BaseModel):
@@ -191,13 +192,13 @@ def pairs(meeting: Meeting) -> tuple[dict[str, Any], list[list[Image.Image]]]:
     chosen = [(i, i + 1) for i in range(0, 2 * order.pairs, 2)]
     ways, rows = {}, []
     for title in [*(way.title for way in order.ways), REGIONS]:
-        halves, shown = [], []
+        looked, shown = [], []
         for pair in chosen:
             pictures = _of_two(meeting, title, pair)
-            halves.append(_halves(meeting, pair, pictures))
+            looked.append(_halves(meeting, pair, pictures))
             shown.append(pictures[0])
         rows.append(shown)
-        ways[title] = two_in_one(torch.cat(halves))
+        ways[title] = two_in_one(torch.cat(looked))
     return ways, rows
 
 
@@ -215,30 +216,41 @@ def two_in_one(halves: Tensor) -> dict[str, float]:
 
 
 def _halves(meeting: Meeting, pair: tuple[int, int], pictures: Sequence[Image.Image]) -> Tensor:
-    found = []
-    for picture in pictures:
-        middle = picture.width // 2
-        parts = [picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, picture.width, picture.height))]
-        found.append(meeting.features(parts) @ meeting.directions[list(pair)].T)
+    found = [meeting.features(halves(picture)) @ meeting.directions[list(pair)].T for picture in pictures]
     return torch.stack(found)
 
 
+def halves(picture: Image.Image) -> list[Image.Image]:
+    """Left and right, each in the middle of a square of the colour of the picture's corner."""
+    middle, made = picture.width // 2, []
+    for left in (0, middle):
+        square = Image.new("RGB", (picture.height, picture.height), picture.convert("RGB").getpixel((0, 0)))
+        square.paste(picture.crop((left, 0, left + middle, picture.height)), ((picture.height - middle) // 2, 0))
+        made.append(square)
+    return made
+
+
 def _of_two(meeting: Meeting, title: str, pair: tuple[int, int]) -> list[Image.Image]:
+    """One prompt tells the scene; with regions each half's does, with the other concept as the thing it resembles."""
     base, order = meeting.base, meeting.order
-    uses, words = [meeting.uses[i] for i in pair], [order.concepts[i].trigger for i in pair]
-    size = 2 * base.resolution, base.resolution
+    left, right = (order.concepts[i] for i in pair)
+    uses, side = [meeting.uses[i] for i in pair], base.resolution
+
+    def scene(one: str, other: str) -> str:
+        return f"a {one} on the left of a {other}, {GROUND}"
+
     worn: AbstractContextManager[Any]
     if title == REGIONS:
-        boxes = [Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)]
-        regions = [Region(b, f"a {word}, {GROUND}", use) for b, word, use in zip(boxes, words, uses)]
-        worn, prompt = drawing(base, Layout(tuple(regions)), (), size), GROUND
+        prompts = scene(left.trigger, right.known_as), scene(left.known_as, right.trigger)
+        boxes = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
+        regions = tuple(Region(box, prompt, use) for box, prompt, use in zip(boxes, prompts, uses))
+        worn = drawing(base, Layout(regions), (), (side, side))
     else:
         way = next(way for way in order.ways if way.title == title)
         worn = wearing(base, meeting.merged(way, uses)[0])
-        prompt = f"a {words[0]} on the left of a {words[1]}, {GROUND}"
-    asked = Request([prompt] * order.pictures, range(order.pictures), steps=order.steps, width=size[0], height=size[1])
+    asked = [scene(left.trigger, right.trigger)] * order.pictures
     with worn:
-        return base.generate(asked)
+        return base.generate(Request(asked, range(order.pictures), steps=order.steps, width=side, height=side))
 
 
 # -- the process ---------------------------------------------------------------------------------------------------
