@@ -134,10 +134,7 @@ def answered(page):
     """The form that the server sends after what is done inside is there at the end."""
     before = page.locator("[data-time]:visible").first.get_attribute("data-time")
     yield
-    page.wait_for_function(
-        "before => [...document.querySelectorAll('[data-time]')].some(e => e.offsetParent && e.dataset.time > before)",
-        arg=before,
-    )
+    page.wait_for_selector(f"[data-time='{before}']", state="detached")
 
 
 def begin(page, name, pictures):

@@ -42,8 +42,13 @@ element.addEventListener('change', e => {
 
 
 def anew(form: str) -> str:
-    """A form that takes the place of the one shown even if the server sent the same before: a person may have typed."""
-    return f"<div data-time='{time.time_ns()}'>{form}</div>"
+    """A form that takes the place of the one shown, whatever a person has typed or opened there.
+
+    The library changes the page's elements into those that the server sends, and keeps what was typed; an element of
+    another name it replaces.
+    """
+    name = f"form-{time.time_ns()}"
+    return f"<{name} data-time='{name}'>{form}</{name}>"
 
 
 def text(value: Any) -> str:

@@ -121,7 +121,7 @@ def yaml_of(draft: Draft) -> str:
         f"{pieces.text(text)}</textarea>"
     )
     use = fields.button("use", "Use this YAML")
-    return fields.more("yaml", "As YAML", f"{box}<div class='buttons'>{use}</div>")
+    return pieces.anew(fields.more("yaml", "As YAML", f"{box}<div class='buttons'>{use}</div>"))
 
 
 def whole(draft: Draft) -> list[Any]:
