@@ -73,7 +73,7 @@ def serve(
             server_name=host, server_port=port, auth=users, auth_message="The studio", share=False, quiet=True,
             prevent_thread_lock=True, footer_links=[], allowed_paths=[str(folder) for folder in served],
             max_file_size=LARGEST_UPLOAD, ssr_mode=False, pwa=False, enable_monitoring=False, show_error=True,
-            theme=look.theme(), css=look.CSS.read_text(), js=look.SCRIPT.read_text(),
+            theme=look.theme(), css=look.CSS.read_text(), head=look.head(), js=look.SCRIPT.read_text(),
         )  # fmt: skip
     except OSError as error:
         dispatcher.closing.set()

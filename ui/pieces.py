@@ -41,6 +41,10 @@ element.addEventListener('change', e => {
 """
 
 
+# Of edits none is dropped while another is under way, and none overtakes another.
+IN_TURN: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1}
+
+
 def anew(form: str) -> str:
     """A form that takes the place of the one shown, whatever a person has typed or opened there.
 
