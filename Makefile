@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # An NVIDIA driver, or GPU=1, adds xformers.
 GPU ?= $(if $(shell command -v nvidia-smi),1,)
+# A Chromium adds what the tests in a browser need.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 comma := ,
-EXTRAS := dev$(if $(GPU),$(comma)gpu,)
+EXTRAS := dev$(if $(GPU),$(comma)gpu,)$(if $(CHROMIUM),$(comma)browser,)
 
 .PHONY: studio test setup lint clean
 
@@ -16,7 +18,7 @@ studio: setup
 	$(BIN)/studio train --preset subject
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

@@ -447,6 +447,59 @@ def test_clips_and_music_are_made_shown_and_restored_on_the_same_page(other_medi
         works.work_of("../../etc/passwd")
 
 
+def test_a_spectrogram_shows_a_tone_at_its_height_and_a_waveform_its_loudness(tmp_path):
+    import numpy as np
+    import soundfile
+
+    from studio import waves
+
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(32_000) / 16_000)
+    tone[16_000:] = 0
+    soundfile.write(tmp_path / "tone.wav", tone, 16_000, subtype="FLOAT")
+    wave, rate, seconds = waves.read_wave(tmp_path / "tone.wav")
+    assert (rate, seconds) == (16_000, 2.0)
+    drawn = np.asarray(waves.waveform(wave, 200, 101))[..., 3] > 0
+    assert drawn[:, 20].sum() == pytest.approx(51, abs=3)
+    assert drawn[:, 180].sum() == 1
+    heard = np.asarray(waves.spectrogram(wave, rate, 200, 120)).sum(-1)
+    row = 119 - int(np.argmax(np.geomspace(waves.LOWEST_HZ, 8000, 120) >= 1000))
+    assert abs(int(heard[:, 50].argmax()) - row) <= 2
+    assert heard[:, 180].max() < heard[:, 50].max() / 4
+
+
+def test_a_merge_foretells_how_much_of_another_concept_a_sum_brings():
+    shown = merge.expected(["cat", "dog"], {"crosstalk": [[1.0, 0.7], [1.386, 1.0]]})
+    assert "cat: 70 %, dog: 139 %" in shown
+    assert merge.expected(["cat", "dog"], {"crosstalk": None}) == ""
+
+
+def test_those_without_concepts_are_offered_two_examples(monkeypatch):
+    monkeypatch.setattr(jobs, "advance", list)
+    assert "both examples" in merge.lacking()
+    merge.teach_examples()
+    assert [Path(job.run).name.split("-", 2)[2] for job in jobs.jobs()] == ["mascot", "riso"]
+
+
+def test_the_page_of_a_starting_server_gives_its_port_back():
+    import socket
+    import urllib.error
+    import urllib.request
+
+    from ui.waiting import Waiting
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waiting = Waiting("127.0.0.1", port)
+    with pytest.raises(urllib.error.HTTPError) as early:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/")
+    assert early.value.code == 503
+    with pytest.raises(RequestError, match="cannot serve"):
+        Waiting("127.0.0.1", port)
+    waiting.close()
+    Waiting("127.0.0.1", port).close()
+
+
 def test_a_preset_of_recordings_takes_recordings_and_shows_players(tmp_path):
     import numpy as np
     import soundfile

@@ -32,7 +32,7 @@ def shown(draft: Draft, content: dict[str, Any]) -> str:
         return _example(content, draft.medium)
     marks, made = marks_of(draft), pieces.thumbnails(files)
     boxes = "".join(_box(draft, path, made[path], marks.get(path.name)) for path in files)
-    return f"{_tally(draft, files, marks)}<div class='photos'>{boxes}</div>"
+    return pieces.anew(f"{_tally(draft, files, marks)}<div class='photos'>{boxes}</div>")
 
 
 def _tally(draft: Draft, files: list[Path], marks: dict[str, str]) -> str:

@@ -11,6 +11,13 @@ SCRIPT = Path(__file__).parent / "studio.js"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "monospace"]
 
+
+def head() -> str:
+    """The rules for phones once more: the library makes those it is given as `css` hold inside a page alone, and not
+    for the navigation above."""
+    return f"<style>{CSS.read_text().partition('/* on a phone */')[2]}</style>"
+
+
 PLUM = gr.themes.Color(
     name="plum",
     c50="#f7f2fb", c100="#ede2f6", c200="#dac6ec", c300="#c1a0dd", c400="#a675cb", c500="#8a50b5",

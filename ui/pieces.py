@@ -41,9 +41,18 @@ element.addEventListener('change', e => {
 """
 
 
+# Of edits none is dropped while another is under way, and none overtakes another.
+IN_TURN: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1}
+
+
 def anew(form: str) -> str:
-    """A form that takes the place of the one shown even if the server sent the same before: a person may have typed."""
-    return f"<div data-time='{time.time_ns()}'>{form}</div>"
+    """A form that takes the place of the one shown, whatever a person has typed or opened there.
+
+    The library changes the page's elements into those that the server sends, and keeps what was typed; an element of
+    another name it replaces.
+    """
+    name = f"form-{time.time_ns()}"
+    return f"<{name} data-time='{name}'>{form}</{name}>"
 
 
 def text(value: Any) -> str:

@@ -241,7 +241,7 @@ def build_medium(medium: str, draft: Any) -> tuple[Any, Any]:
     def chosen(name: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
         yield from act_on_work(medium, name, event)
 
-    form.input(edited, draft, form, **quiet)
+    form.input(edited, draft, form, **quiet, **pieces.IN_TURN)
     form.click(pressed, draft, shown, **many)
     for place in (results, shelf):
         place.click(chosen, draft, shown, **many)

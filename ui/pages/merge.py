@@ -232,7 +232,10 @@ MEASURES = {
 def interference_of(facts: dict[str, Any], page: Path) -> str:
     """The verdict in words, a heat map for each measure, the parts of the model, and the whole report."""
     names = [adapter["name"] for adapter in facts["adapters"]]
-    verdict = "".join(pieces.say(line, "good" if n == 0 else "") for n, line in enumerate(facts["verdict"]))
+    verdict = "".join(
+        pieces.say(line, "bad" if "disturb each other" in line else "good" if n == 0 else "")
+        for n, line in enumerate(facts["verdict"])
+    )
     findings = "".join(f"<li>{pieces.text(line)}</li>" for line in facts["findings"])
     maps = "".join(
         _heat_map(words, names, facts["total"][key]) for key, words in MEASURES.items() if facts["total"].get(key)
@@ -245,7 +248,23 @@ def interference_of(facts: dict[str, Any], page: Path) -> str:
     link = f"<p><a href='{pieces.file_url(page)}' download>Download the whole report</a></p>"
     listed = f"<ul>{findings}</ul>" if findings else ""
     more = f"<details><summary>By part of the model</summary>{parts}</details>"
-    return f"{verdict}{listed}<div class='heats'>{maps}</div>{more}{link}"
+    return f"{verdict}{listed}{expected(names, facts['total'])}<div class='heats'>{maps}</div>{more}{link}"
+
+
+def expected(names: Sequence[str], total: dict[str, Any]) -> str:
+    """What each strategy would do to these concepts, as far as their crosstalk tells."""
+    crosstalk = total.get("crosstalk")
+    if not crosstalk:
+        return ""
+    worst = [max(v for j, v in enumerate(row) if j != i) for i, row in enumerate(crosstalk)]
+    told = ", ".join(f"{name}: {100 * value:.0f} %" for name, value in zip(names, worst, strict=True))
+    known = {name: entry["summary"] for name, entry in schemas()["strategies"].items()}
+    rows = [
+        ["sum", f"Adds the changes. Beside each concept's own effect there will be this much of another's: {told}."],
+        ["gram", f"{known.get('gram', '').rstrip('.')}. Made for concepts that disturb each other."],
+        ["auto", "Takes the exact sum where they read different inputs, else gram where the files allow it."],
+    ]
+    return pieces.table(["strategy", "what to expect"], [[pieces.text(cell) for cell in row] for row in rows])
 
 
 def _heat_map(words: str, names: Sequence[str], values: Sequence[Sequence[float]]) -> str:

@@ -121,7 +121,7 @@ def yaml_of(draft: Draft) -> str:
         f"{pieces.text(text)}</textarea>"
     )
     use = fields.button("use", "Use this YAML")
-    return fields.more("yaml", "As YAML", f"{box}<div class='buttons'>{use}</div>")
+    return pieces.anew(fields.more("yaml", "As YAML", f"{box}<div class='buttons'>{use}</div>"))
 
 
 def whole(draft: Draft) -> list[Any]:
@@ -323,10 +323,10 @@ def build() -> None:
     cards.click(choose_preset, draft, settled, **quiet)
     files.upload(add_files, [draft, files], [shown, files, left_out], **quiet)
     shown.click(act_on_files, draft, [shown, tabs, chosen], **quiet)
-    shown.input(edit_caption, draft, None, **quiet)
+    shown.input(edit_caption, draft, None, **quiet, **pieces.IN_TURN)
     bulk.click(bulk_edit, [draft, find, by], shown, **quiet)
-    form.input(edit, draft, [form, ahead, as_yaml], **quiet)
-    form.click(act, draft, [report, shown, tabs, chosen], **quiet)
+    form.input(edit, draft, [form, ahead, as_yaml], **quiet, **pieces.IN_TURN)
+    form.click(act, draft, [report, shown, tabs, chosen], **quiet, trigger_mode="multiple")
     as_yaml.click(use_yaml, draft, [form, ahead, as_yaml], **quiet)
     gr.on(None, restore, draft, [draft, report, tabs, chosen, *settled], **quiet)
     seen = gr.State(None)
