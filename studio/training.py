@@ -22,6 +22,7 @@ from studio.adapter import Card
 from studio.adapting import AdapterTraining
 from studio.base import Base
 from studio.bases.registry import load_base
+from studio.bases.sticker_video.family import StickerVideo
 from studio.customize import AdapterTask
 from studio.customize_clips import ClipLesson, refuse_still_settings
 from studio.data.animations import AnimationSet, scan_animations
@@ -260,7 +261,7 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     if base.medium == "audio":
         assert isinstance(preset.method, PatchMethod)
         refuse_picture_settings(preset.method, preset, base)
-    if base.medium == "video":
+    if isinstance(base, StickerVideo):
         assert isinstance(preset.method, PatchMethod)
         refuse_still_settings(preset.method, preset, base)
     preset = _with_possible_prior(preset, base, changes)

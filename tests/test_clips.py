@@ -99,6 +99,14 @@ def test_key_frames_are_the_first_of_each_group_of_like_frames():
     assert len(key_frames(np.zeros((50, 256), np.float32), 8)) == 8
 
 
+def test_frames_of_mixed_sizes_are_fitted_into_the_first(tmp_path):
+    for name, size in (("01", (16, 16)), ("02", (40, 20)), ("03", (7, 30))):
+        Image.new("RGBA", size, (200, 0, 0, 255)).save(tmp_path / f"{name}.png")
+    frames = look_at(tmp_path, "", 8).load().frames
+    assert [frame.size for frame in frames] == [(16, 16)] * 3
+    assert [frame.getbbox() for frame in frames] == [(0, 0, 16, 16), (0, 4, 16, 12), (6, 0, 10, 16)]
+
+
 def test_ten_thousand_frames_are_thinned_in_moderate_time():
     rng = np.random.default_rng(0)
     chosen = key_frames(rng.random((10_000, 256), dtype=np.float32), 8)

@@ -50,11 +50,11 @@ def test_a_study_trains_its_arms_for_steps_or_a_time_and_tables_them(tmp_path, t
         outcomes = {o.job.name: o for o in run_jobs(jobs, 2, tmp_path / "home", lock)}
     assert all(outcome.result for outcome in outcomes.values()), [o.error for o in outcomes.values()]
     whole, timed = (job.result()["card"] for job in jobs)
-    assert (whole["training"]["step"], timed["training"]["step"]) == (3, 1)
+    assert (whole["training"]["step"], timed["training"]["step"]) == (3, 0)
     assert whole["training"]["num_trainable_params"] > timed["training"]["num_trainable_params"]
     assert {"picture_gain", "between_gain", "text_motion", "s_fvd", "s_fvd_floor"} <= set(whole["figures"])
     content = {"study": "s", "command": "c", "date": "d", "jobs": 2, "results": [job.result() for job in jobs]}
-    assert "| by time | 1 | 1 |" in page(study, content)
+    assert "| by time | 1 | 0 |" in page(study, content)
     assert [job.result() for job in motion_jobs(study, tmp_path / "work")] == [job.result() for job in jobs]
 
 
@@ -63,8 +63,8 @@ def test_an_arm_that_was_stopped_goes_on(tmp_path, tiny_base_folder):
     study_of(tmp_path, tiny_base_folder)
     run = tmp_path / "run"
     motion_arm.train(str(tmp_path / "pico.yaml"), run, 1e-6)
-    assert json.loads((run / "spent.json").read_text())["step"] == 1
-    (run / "spent.json").write_text(json.dumps({"seconds": 5.0, "step": 1, "done": False}))
+    assert json.loads((run / "spent.json").read_text())["step"] == 0
+    (run / "spent.json").write_text(json.dumps({"seconds": 5.0, "step": 0, "done": False}))
     assert motion_arm.train(str(tmp_path / "pico.yaml"), run, 0).parent.name == "step-3"
     spent = json.loads((run / "spent.json").read_text())
     assert spent["done"]

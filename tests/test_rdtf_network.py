@@ -217,6 +217,25 @@ def test_an_anchored_prediction_of_nothing_is_the_best_linear_guess_from_the_ble
         assert torch.equal(anchor.joined(noise, noisy, time, blend, torch.tensor([False])), noise)
 
 
+def test_a_network_with_given_frames_starts_at_the_best_linear_guess():
+    base = video_around(StableDiffusion.tiny(), "clips", interaction_head_dim=4, residual_head=True)
+    noisy, time, text = (value.float() if value.is_floating_point() else value for value in inputs(2, 4))
+    condition = condition_for([4, 4], 4, given=(0,))
+    condition = ClipCondition(condition.given.float(), *list(condition.tensors().values())[1:])
+    condition.is_given[1] = False
+    anchor = Anchor(base.pipe.scheduler.alphas_cumprod, "v_prediction", 0.7)
+    with torch.no_grad():
+        found = predicted(base.pipe.unet, noisy, time, text, condition, "blend", anchor)
+        plain = predicted(base.pipe.unet, noisy, time, text, condition, "blend")
+    blend = blended(
+        condition.given.masked_fill(~condition.is_given[:, None, :, None, None], 0), condition.is_given, condition.valid
+    )
+    guess = anchor.joined(torch.zeros_like(noisy), noisy, time, blend, torch.tensor([True, False]))
+    assert torch.equal(found[0], guess[0])
+    assert torch.equal(found[1], plain[1])
+    assert found[1].abs().sum() > 0
+
+
 def test_changes_of_low_rank_are_nothing_at_first_and_leave_the_image_network_alone():
     plain = video_around(StableDiffusion.tiny(), "v", interaction_head_dim=4)
     changed = video_around(StableDiffusion.tiny(), "v", interaction_head_dim=4, spatial_rank=2)

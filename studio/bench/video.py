@@ -69,7 +69,8 @@ def step(network: nn.Module, valid: int, frames: int, clips: int = CLIPS) -> Cal
     time, text = torch.full((clips,), 500), torch.randn(clips, 32, config["cross_attention_dim"])
     options = {}
     if getattr(network, "masks_frames", False):
-        options = {"valid": (torch.arange(frames) < valid).expand(clips, -1), "fps": torch.full((clips,), 8.0)}
+        mask = None if valid == frames else (torch.arange(frames) < valid).expand(clips, -1)
+        options = {"valid": mask, "fps": torch.full((clips,), 8.0)}
 
     def run() -> None:
         network(noisy, time, encoder_hidden_states=text, **options).sample.square().mean().backward()

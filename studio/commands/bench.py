@@ -20,7 +20,7 @@ def bench(
     out_path: Annotated[Path | None, typer.Option("--out", help="Default: bench.md in the studio's home.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Memory, speed, merging and clips beside PEFT and diffusers. Example: studio bench memory --case sd15"""
+    """Memory, speed, merging, clips beside PEFT, diffusers and full fine-tuning. Example: studio bench memory"""
     if part and part not in PARTS:
         raise RequestError(f"there is no benchmark '{part}'", nearest(part, PARTS))
     from studio.bench.run import run

@@ -135,8 +135,24 @@ def _walk_picture(path: Path, content: BinaryIO | None = None) -> Iterator[tuple
 
 
 def _walk_folder(path: Path) -> Iterator[tuple[Image.Image, int]]:
+    """Frames of one size: that of the first, into which others are fitted whole."""
+    size = None
     for file in frame_files(path):
-        yield next(_walk_picture(file))
+        picture, milliseconds = next(_walk_picture(file))
+        size = size or picture.size
+        yield (picture if picture.size == size else fitted_to(picture, size)), milliseconds
+
+
+def fitted_to(frame: Image.Image, size: tuple[int, int], margin: float = 0.0) -> Image.Image:
+    """The whole frame, as large as the canvas takes it, on transparency; `margin` of it stays free all around."""
+    room = [round(side * (1 - 2 * margin)) for side in size]
+    scale = min(room[0] / frame.width, room[1] / frame.height)
+    shape = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+    # Premultiplied while it is resized: else what lies unseen under transparency bleeds into the edges.
+    drawn = frame.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
+    canvas = Image.new("RGBA", size, (0, 0, 0, 0))
+    canvas.paste(drawn, ((size[0] - shape[0]) // 2, (size[1] - shape[1]) // 2))
+    return canvas
 
 
 def frame_files(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from studio.data.clip_files import apng_bytes, gif_bytes, webp_bytes
-from studio.data.clips import Clip, walk
+from studio.data.clips import Clip, fitted_to, walk
 from studio.data.video_files import video_facts, webm_bytes
 from studio.errors import DataError, RequestError, WorkError
 from studio.files import write_atomically
@@ -50,7 +50,7 @@ def fit_clip(clip: Clip, limits: Limits) -> Clip:
         raise DataError(f"the clip has one frame, and a sticker for {limits.name} moves", "give an animated clip")
     clip = _telling_first(clip)
     if limits.canvas:
-        clip = Clip(tuple(fitted_to(frame, limits.canvas) for frame in clip.frames), clip.durations, clip.loop)
+        clip = Clip(tuple(fitted_to(frame, limits.canvas, MARGIN) for frame in clip.frames), clip.durations, clip.loop)
     return _timed(_counted(clip, limits), limits)
 
 
@@ -62,17 +62,6 @@ def _telling_first(clip: Clip) -> Clip:
         return clip
     start = mass.index(best)
     return Clip(clip.frames[start:] + clip.frames[:start], clip.durations[start:] + clip.durations[:start], clip.loop)
-
-
-def fitted_to(frame: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The whole frame, as large as the canvas takes it with a margin, on transparency."""
-    room = [round(side * (1 - 2 * MARGIN)) for side in size]
-    scale = min(room[0] / frame.width, room[1] / frame.height)
-    shape = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
-    drawn = frame.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
-    canvas = Image.new("RGBA", size, (0, 0, 0, 0))
-    canvas.paste(drawn, ((size[0] - shape[0]) // 2, (size[1] - shape[1]) // 2))
-    return canvas
 
 
 def _counted(clip: Clip, limits: Limits) -> Clip:

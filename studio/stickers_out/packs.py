@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from studio.data.clips import Clip
+from studio.data.clips import Clip, fitted_to
 from studio.errors import RequestError, WorkError, nearest
 from studio.exporting.destination import move_into_place, refuse_existing, workshop
 from studio.files import write_atomically
-from studio.stickers_out.fitting import fitted_to, write_sticker
+from studio.stickers_out.fitting import MARGIN, write_sticker
 from studio.stickers_out.limits import TARGETS, Limits
 
 TRAY = (96, 96)
@@ -100,7 +100,7 @@ def _write_all(pack: Pack, limits: Limits, folder: Path) -> dict[str, int]:
 def _write_still(clip: Clip, size: tuple[int, int], path: Path, most_bytes: int | None) -> None:
     """The fullest frame as a PNG. Raises WorkError if it is too large."""
     mass = [sum(i * n for i, n in enumerate(frame.getchannel("A").histogram())) for frame in clip.frames]
-    picture = fitted_to(clip.frames[mass.index(max(mass))], size)
+    picture = fitted_to(clip.frames[mass.index(max(mass))], size, MARGIN)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     if most_bytes is not None and buffer.tell() > most_bytes:

@@ -89,6 +89,7 @@ class Rdtf(Method):
             options = {"interaction": self.interaction, "max_frames": max(16, preset.data.frames)}
             options |= {"interaction_heads": 4, "interaction_head_dim": 16, "temporal_head_dim": 32}
             options |= {"spatial_rank": self.spatial_rank, "temporal_told": self.temporal_told}
+            options |= {"residual_head": self.condition_spread > 0}
         base = video_around(
             loaded,
             "sticker-motion",

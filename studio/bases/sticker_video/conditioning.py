@@ -126,17 +126,17 @@ def predicted(
     Raises ValueError for padded frames in a network that cannot tell them.
     """
     x = network_input(noisy, condition, fill)
+    known = condition.is_given & condition.valid
     if getattr(unet, "masks_frames", False):
-        output = unet(
-            x, time, encoder_hidden_states=text, valid=condition.valid, fps=condition.fps, loop=condition.loop
-        ).sample
+        options = {"valid": condition.valid, "fps": condition.fps, "loop": condition.loop}
+        anchored = None if anchor is None else known.any(1)
+        output = unet(x, time, encoder_hidden_states=text, anchored=anchored, **options).sample
     elif not bool(condition.valid.all()):
         raise ValueError(f"{type(unet).__name__} takes no padded clips; give clips of one length")
     else:
         output = unet(x, time, encoder_hidden_states=text).sample
     if anchor is None:
         return output
-    known = condition.is_given & condition.valid
     blend = blended(condition.given.to(noisy).masked_fill(~_across(known, noisy), 0), known, condition.valid)
     clean = noisy.masked_fill(~_across(condition.valid, noisy), 0)
     return anchor.joined(output, clean, time, blend, known.any(1))

@@ -13,6 +13,7 @@ the (3, 1, 1) convolution of the paper's table, which fits any number.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -240,7 +241,7 @@ def attend_plainly(network: nn.Module) -> None:
             module.set_processor(AttnProcessor())
 
 
-def zeroed(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: Any) -> Any:
     """The layer, which now gives zeros."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:

@@ -11,6 +11,7 @@ Legend: B clips, F frames, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ class StickerUNet(ModelMixin, ConfigMixin):
     channel each, which is what keeps the paper's network at 0.96 billion parameters. `max_frames` bounds F.
     `spatial_rank` is the rank of what is added to each linear layer and convolution of the image network; 0: nothing.
     With `temporal_told` the temporal transformers are told time, rate, loop and a summary of the text themselves.
+    With `residual_head` what is left of an anchored prediction (conditioning.py) has a last layer of its own, zero at
+    the start: else it would begin as the image network's drawing of a whole picture.
     """
 
     _supports_gradient_checkpointing = True
@@ -60,6 +63,7 @@ class StickerUNet(ModelMixin, ConfigMixin):
         temporal_in: bool = False,
         spatial_rank: int = 0,
         temporal_told: bool = False,
+        residual_head: bool = False,
     ) -> None:
         super().__init__()
         self.image: Any = UNet2DConditionModel.from_config(dict(image_config))
@@ -98,6 +102,7 @@ class StickerUNet(ModelMixin, ConfigMixin):
         self.loop_embedding = nn.Embedding(2, embedded)
         nn.init.zeros_(self.loop_embedding.weight)
         self.text_summary = TextSummary(self.image.config.cross_attention_dim, embedded) if temporal_told else None
+        self.conv_rest = zeroed(copy.deepcopy(self.image.conv_out)) if residual_head else None
         self.spatial_change = nn.ModuleDict()
         if spatial_rank:
             self._change_spatial(spatial_rank)
@@ -149,9 +154,13 @@ class StickerUNet(ModelMixin, ConfigMixin):
         valid: Tensor | None = None,
         fps: Tensor | None = None,
         loop: Tensor | None = None,
+        anchored: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet3DConditionOutput | tuple[Tensor]:
-        """`sample` (B, C, F, H, W), text (B, L, D); `valid` (B, F) bool, `fps` (B,) with 0 for unknown, `loop` (B,)."""
+        """`sample` (B, C, F, H, W), text (B, L, D); `valid` (B, F) bool, `fps` (B,) with 0 for unknown, `loop` (B,).
+
+        `anchored` (B,) bool: of which clips only what the anchor leaves open is predicted.
+        """
         batch, _, count = sample.shape[:3]
         frames = Frames.of(valid, count, loop)
         hidden = frames.without_padding(sample.transpose(1, 2).flatten(0, 1))
@@ -189,7 +198,11 @@ class StickerUNet(ModelMixin, ConfigMixin):
             for sampler in block.upsamplers or ():
                 hidden = sampler(hidden, skips[-1].shape[-2:])
 
-        hidden = image.conv_out(image.conv_act(image.conv_norm_out(hidden)))
+        features = image.conv_act(image.conv_norm_out(hidden))
+        hidden = image.conv_out(features)
+        if self.conv_rest is not None and anchored is not None and bool(anchored.any()):
+            rows = anchored.to(hidden.device).repeat_interleave(count).view(-1, 1, 1, 1)
+            hidden = torch.where(rows, self.conv_rest(features), hidden)
         hidden = hidden.unflatten(0, (batch, count)).transpose(1, 2)
         return UNet3DConditionOutput(sample=hidden) if return_dict else (hidden,)
 
