@@ -73,4 +73,4 @@ if __name__ == "__main__":
     if what == "write":
         write(Path(rest[0]))
     else:
-        print(json.dumps(measure(rest), indent=1))
+        print(json.dumps(measure(rest), indent=1))  # noqa: T201
