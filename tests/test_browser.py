@@ -189,10 +189,11 @@ def test_a_training_survives_refresh_kill_and_stop_and_ends_in_the_library(serve
     server.kill()
     server.start()
     server.wait()
-    assert with_group(process, signal.SIGCONT)
     page = tab()
     page.wait_for_selector(".run-head:has-text('training')")
     page.get_by_role("button", name="Stop and keep").click()
+    page.wait_for_selector(".run-head:has-text('stopping')")
+    assert with_group(process, signal.SIGCONT)
     page.wait_for_selector("text=Stopped. Everything is saved")
     assert page.locator(".curve polyline").count() == 2
 

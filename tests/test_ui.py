@@ -257,7 +257,7 @@ def test_curves_of_several_runs_lie_over_each_other(finished_run):
 def test_the_library_imports_finds_renames_removes_and_brings_back(adapter_file, monkeypatch):
     monkeypatch.setattr(library_page, "ask", lambda *_: [])
     library_page.take_in(str(adapter_file), "", 1)
-    assert "say: <b>blip</b>" in library_page.cards("BLIP lora", 0, "")
+    assert "say <b>blip</b>" in library_page.cards("BLIP lora", 0, "")
     assert "Nothing found" in library_page.cards("dog", 0, "")
     assert "Nothing found" in library_page.cards("", 0, "", "sara", "")
     assert "blip" in library_page.cards("", 0, "", "lora", "")

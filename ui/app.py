@@ -6,16 +6,21 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing leaves this machine
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from studio import library
+from studio.cards import read_card
 from studio.drawing import pictures_dir
 from studio.errors import RequestError
 from studio.jobs import Dispatcher
 from studio.paths import studio_home
+from studio.trace import trace_of
 from ui import look
 from ui.access import users_for
 from ui.pages import generate
@@ -37,6 +42,16 @@ def build() -> gr.Blocks:
             gr.Navbar(main_page_name=first.title)
             page.build()
     return app
+
+
+def _look_around() -> None:
+    """Reads the logs of all runs and the cards of all adapters once, so that no page waits for hundreds of them."""
+    for folder in library.run_folders():
+        with suppress(Exception):  # whoever shows it says what is wrong with it
+            trace_of(folder)
+    for entry in library.entries():
+        with suppress(Exception):
+            read_card(entry.path)
 
 
 def _rest_between_looks(app: gr.Blocks) -> None:
@@ -66,6 +81,7 @@ def serve(
     app = build()
     dispatcher = Dispatcher()
     dispatcher.start()
+    threading.Thread(target=_look_around, daemon=True).start()
     ready()
     try:
         _rest_between_looks(app.queue(default_concurrency_limit=8))

@@ -3,6 +3,7 @@
   window.studioReady = true;
   const on = (name, act) => document.addEventListener(name, act);
   document.documentElement.lang = "en";
+  setTimeout(() => document.querySelector(".nav-holder nav a.active")?.scrollIntoView({ inline: "center", block: "nearest" }), 300);
 
   // -- a grid of pictures: arrow keys walk, Enter shows one large, Escape closes it --------------------------------
   const large = document.createElement("dialog");
