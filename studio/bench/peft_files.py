@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -53,7 +54,7 @@ def main() -> None:
         own = {f"{key[5:-7]}.{name}.weight": value for key, value in load_file(file).items()}  # unet. ... .weight
         if model.model.load_state_dict(own, strict=False, assign=True).unexpected_keys:
             raise SystemExit(f"error: PEFT has no place for some of '{file}'")
-    how = {"svd_rank": RANK, "svd_full_matrices": False} if options.combination == "svd" else {}
+    how: dict[str, Any] = {"svd_rank": RANK, "svd_full_matrices": False} if options.combination == "svd" else {}
     model.add_weighted_adapter(names, [1.0] * len(names), "sum", combination_type=options.combination, **how)
     merged = get_peft_model_state_dict(model, adapter_name="sum")
     save_file({name: value.contiguous() for name, value in merged.items()}, options.out)

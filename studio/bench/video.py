@@ -64,7 +64,8 @@ def theirs(config: Mapping[str, Any] = CONFIG) -> nn.Module:
 
 def step(network: nn.Module, valid: int, frames: int, clips: int = CLIPS) -> Callable[[], None]:
     """A forward and backward pass on random clips of `frames` frames, of which `valid` are real."""
-    config = CONFIG if not hasattr(network, "image") else network.image.config
+    image: Any = getattr(network, "image", None)
+    config: Mapping[str, Any] = CONFIG if image is None else image.config
     noisy = torch.randn(clips, CHANNELS * 2 + 1, frames, SIDE, SIDE)
     time, text = torch.full((clips,), 500), torch.randn(clips, 32, config["cross_attention_dim"])
     options = {}

@@ -201,7 +201,7 @@ class Study(_Part):
     def _names_are_known(self) -> Study:
         if not self.lessons:
             raise ValueError("there is nothing to learn: give subjects, styles, tunes or folders")
-        groups = (*self.sums, *self.merges)
+        groups: tuple[Sums | Merges, ...] = (*self.sums, *self.merges)
         lists = [self.taught or (), *(cell.lessons for cell in self.cells), *(group.lessons for group in groups)]
         named = [name for names in lists for name in names]
         if strange := next((name for name in named if name not in self.lessons), None):
