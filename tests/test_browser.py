@@ -158,6 +158,10 @@ def begin(page, name, pictures):
     page.wait_for_selector(".run-head")
 
 
+# One walk from a training to a merge, each step on what the one before has left; minutes on two cores.
+walk = pytest.mark.slow
+
+
 def test_a_page_is_there_while_the_server_starts_and_gives_way(server, browser):
     page = browser.new_context().new_page()
     deadline = time.monotonic() + 60
@@ -173,6 +177,7 @@ def test_a_page_is_there_while_the_server_starts_and_gives_way(server, browser):
     assert server.wait() == 200
 
 
+@walk
 def test_a_training_survives_refresh_kill_and_stop_and_ends_in_the_library(server, tab):
     server.wait()
     page = tab()
@@ -226,6 +231,7 @@ def second_concept(server, tmp_path_factory):
     return path
 
 
+@walk
 def test_the_library_takes_files_in_refuses_broken_ones_brings_back_and_exports_with_proof(server, tab, second_concept):
     page = tab("library")
     page.locator(".card", has_text="bobo").wait_for()
@@ -252,6 +258,7 @@ def test_the_library_takes_files_in_refuses_broken_ones_brings_back_and_exports_
     assert [path.name for path in (server.home / "library").glob("*.safetensors")].count("dodo.safetensors") == 1
 
 
+@walk
 def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     page = tab("generate")
     page.wait_for_selector("textarea.prompt")
@@ -301,6 +308,7 @@ def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     assert fresh.locator(".grid thead th").all_inner_texts() == ["no adapter", "strength 0.5", "strength 1"]
 
 
+@walk
 def test_two_concepts_are_merged_compared_and_kept(server, tab):
     page = tab("merge")
     for name in ("bobo", "dodo"):

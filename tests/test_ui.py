@@ -507,7 +507,7 @@ def test_a_preset_of_recordings_takes_recordings_and_shows_players(tmp_path):
     soundfile.write(tmp_path / "tune.wav", np.sin(np.arange(8000) / 9), 8000)
     (tmp_path / "broken.wav").write_text("no sound")
     draft = draft_of("")
-    train.choose_preset(draft.name, Clicked(name="music"))
+    train.choose_preset(draft.name, Clicked(name="music-fast"))
     files = [str(tmp_path / name) for name in ("tune.wav", "broken.wav")]
     shown, _, left_out = train.add_files(draft.name, [*files, __file__])
     assert shown.count("<audio controls") == 1
