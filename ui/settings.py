@@ -60,6 +60,8 @@ def medium_of(content: dict[str, Any]) -> str:
     """What a preset's base makes, and so what it learns from: image, video or audio."""
     if content.get("data", {}).get("source") == "clips":
         return "video"
+    if str(content.get("method", {}).get("kind", "")).startswith("music-"):
+        return "audio"  # also where its base is not on this machine
     return next((row["medium"] for row in schemas()["bases"] if row["name"] == content.get("base")), "") or "image"
 
 

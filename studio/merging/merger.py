@@ -129,15 +129,10 @@ class Merger:
             found = compress(change, rank, tolerance)
             if found.delta.rank * (change.height + change.width) < change.numel:
                 change, error = found.delta, found.error
-        norm = whole.norm() if self._may_lose else None
+        norm = whole.norm()
         form, kept = _form(change)
         self.report.rows.append(Row(site, len(guests), form, kept, norm, error if error > 1e-7 else 0.0))
         return change
-
-    @property
-    def _may_lose(self) -> bool:
-        recipe = self.plan.recipe
-        return self.plan.strategy.dense or any((recipe.rank, recipe.tolerance, recipe.compress))
 
     def _aim(self, deltas: list[WeightDelta], change: WeightDelta) -> tuple[int | None, float | None]:
         """(rank, tolerance) to bring a result down to; (None, None) keeps it as it is.

@@ -11,16 +11,13 @@ EXACT = 1e-6  # greatest relative error of a layer that is still called exact: f
 
 @dataclass(frozen=True)
 class Row:
-    """One layer. `form` is how it is stored, `error` what a lower rank or fewer bits cost of it.
-
-    `norm` is the size of the change, by which errors of layers are weighed; None where nothing is lost in any.
-    """
+    """One layer. `form` is how it is stored, `norm` the size of the change, `error` what a lower rank cost of it."""
 
     site: str
     adapters: int
     form: str
     rank: int | None
-    norm: float | None
+    norm: float
     error: float
 
 
@@ -42,9 +39,8 @@ class MergeReport:
     @property
     def error(self) -> float:
         """The relative error of all layers together."""
-        sizes = [(row.error, row.norm) for row in self.rows if row.norm is not None]
-        whole = sum(norm**2 for _, norm in sizes)
-        return (sum((error * norm) ** 2 for error, norm in sizes) / whole) ** 0.5 if whole else 0.0
+        whole = sum(row.norm**2 for row in self.rows)
+        return (sum((row.error * row.norm) ** 2 for row in self.rows) / whole) ** 0.5 if whole else 0.0
 
     @property
     def label(self) -> str:
