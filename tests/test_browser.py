@@ -158,7 +158,7 @@ def begin(page, name, pictures):
     page.wait_for_selector(".run-head")
 
 
-# One walk from a training to a merge, each step on what the one before has left; minutes on two cores.
+# One walk over all pages, each step on what the one before has left; many minutes on two cores.
 walk = pytest.mark.slow
 
 
@@ -327,6 +327,7 @@ def test_two_concepts_are_merged_compared_and_kept(server, tab):
 SERIOUS = ("serious", "critical")
 
 
+@walk
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_page_has_a_serious_fault_of_accessibility(tab, scheme):
     script = (Path(axe.__file__).parent / "axe.min.js").read_text()
@@ -344,6 +345,7 @@ def test_no_page_has_a_serious_fault_of_accessibility(tab, scheme):
     assert found == {}
 
 
+@walk
 def test_pages_fit_a_phone(tab):
     for path in PAGES:
         page = tab(path, width=390)
