@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from studio.adapter import Adapter
 from studio.base import Base
+from studio.deltas.patches import FixedDense
 from studio.errors import AdapterError, ExportRefused, nearest
 from studio.patch import Delta, InPlace, LayerShape
+
+FEW_OUTPUTS = 16
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,19 @@ class SiteDelta:
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """(down, up) of all terms side by side, with delta = up @ down; None if a term has no such form."""
-        pairs = [term.low_rank_of(self.weight) for term in self.terms]
+        pairs = [term.low_rank_of(self.weight) or self._by_outputs(term) for term in self.terms]
         if any(pair is None for pair in pairs):
             return None
         downs, ups = zip(*[pair for pair in pairs if pair is not None], strict=True)
         return torch.cat([d.cpu().float() for d in downs], 0), torch.cat([u.cpu().float() for u in ups], 1)
+
+    def _by_outputs(self, term: Delta) -> tuple[Tensor, Tensor] | None:
+        """A dense change of few outputs, exactly: one rank for each. Merges keep such layers dense, which is smaller."""
+        if not isinstance(term, FixedDense) or self.shape is None or self.shape.out_features > FEW_OUTPUTS:
+            return None
+        down = term.values.detach().float()
+        up = torch.eye(len(down)).reshape(len(down), len(down), *[1] * (down.ndim - 2))
+        return down, up
 
 
 def site_deltas(adapter: Adapter, base: Base) -> dict[str, SiteDelta]:
