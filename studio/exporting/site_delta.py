@@ -72,7 +72,7 @@ class SiteDelta:
         return torch.cat([d.cpu().float() for d in downs], 0), torch.cat([u.cpu().float() for u in ups], 1)
 
     def _by_outputs(self, term: Delta) -> tuple[Tensor, Tensor] | None:
-        """A dense change of few outputs, exactly: one rank for each. Merges keep such layers dense, which is smaller."""
+        """A dense change of few outputs, exactly: one rank for each. Merges keep such dense, as it is smaller."""
         if not isinstance(term, FixedDense) or self.shape is None or self.shape.out_features > FEW_OUTPUTS:
             return None
         down = term.values.detach().float()
