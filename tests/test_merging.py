@@ -627,6 +627,17 @@ def test_a_merged_adapter_loads_in_plain_diffusers_with_the_same_deltas(pair, tm
     assert report.status == "exact"  # a fresh process with nothing of ours has compared every layer
 
 
+def test_a_layer_that_is_smaller_dense_is_an_exact_lora_too(tmp_path):
+    from studio.bases.stable_diffusion import StableDiffusion
+    from studio.exporting import export_adapter
+
+    parents = [trained(tmp_path / f"{seed}.safetensors", seed, targets=("unet.conv_out",), rank=4) for seed in (5, 6)]
+    result = merged(dict.fromkeys(parents, 0.7))
+    assert set(result.patches["unet.conv_out"]) == {"dense"}
+    report = export_adapter(result, StableDiffusion.tiny(), "diffusers", tmp_path / "lora")
+    assert report.status == "exact"
+
+
 @pytest.mark.parametrize("room", [0, 40, 4096])
 def test_a_spooled_file_is_read_whatever_room_its_header_had(room, tmp_path):
     from studio.merging.spool import Spool
