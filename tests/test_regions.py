@@ -151,9 +151,10 @@ def test_a_partition_among_the_same_adapter_equals_the_plain_adapter(base, kind)
     assert_same(drawn(base, *(Region(box, "a cat", use) for box in parts)), plain)
 
 
-def test_both_hold_for_two_text_encoders_and_pooled_text():
+@pytest.mark.parametrize("kind", ["lora", "orthogonal"])
+def test_both_hold_for_two_text_encoders_and_pooled_text(kind):
     base = StableDiffusionXL.tiny()
-    use = concept(base, "lora")
+    use = concept(base, kind)
     with wearing(base, [use]):
         plain = latents(base)
     assert torch.equal(drawn(base, Region(WHOLE, "a cat", use), prompt="something else"), plain)

@@ -47,8 +47,8 @@ class RegionPatch(Patch):
                 owners += [part] * len(factors[0])
         self.owners = tuple(owners)
         if owners:  # Parameters, by which the attachment knows the precision to compute in
-            self.down = nn.Parameter(torch.cat(downs), requires_grad=False)
-            self.up = nn.Parameter(torch.cat(ups, 1), requires_grad=False)
+            self.down = nn.Parameter(torch.cat(downs), requires_grad=_says_trained(terms, "down"))
+            self.up = nn.Parameter(torch.cat(ups, 1), requires_grad=_says_trained(terms, "up"))
 
     def input_term(self, x: Tensor, call: LayerCall) -> Tensor | None:
         return self._masked([patch.input_term(x, call) for patch in self.others], None)
@@ -70,6 +70,12 @@ class RegionPatch(Patch):
                 term = term * (strength * self.canvas.over(term, (part,), self.text))
                 total = term if total is None else total + term
         return total
+
+
+def _says_trained(terms: list[tuple[int, Patch, float]], name: str) -> bool:
+    """Whether this factor of any patch is trained: torch picks a product's kernel by it, even without gradients."""
+    factors = [getattr(patch, name, None) for _, patch, _ in terms]
+    return any(isinstance(factor, Tensor) and factor.requires_grad for factor in factors)
 
 
 def _low_rank_factors(patch: Patch, shape: LayerShape, layer: Any) -> tuple[Tensor, Tensor] | None:
