@@ -36,10 +36,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], unbroken: str = "") -> None:
+    """`unbroken` names a column of short words, whose lines are kept whole where others can give way."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")  # nothing is cut short: names are there to be copied
+    for column in columns:  # nothing is cut short: names are there to be copied
+        table.add_column(column, overflow="fold", no_wrap=column == unbroken)
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     out.print(table, soft_wrap=False)

@@ -115,7 +115,7 @@ def test_groups_add_up_to_everything(pair):
     assert group_of("text_encoder_2.text_model.encoder.layers.3.mlp.fc1") == "text_encoder_2"
 
 
-def test_concepts_in_slots_of_their_own_are_told_to_sum_and_others_to_fuse(tmp_path):
+def test_what_layers_see_decides_over_a_sum_and_directions_only_where_that_is_unknown(tmp_path):
     slots = [
         trained(tmp_path / f"s{slot}.safetensors", slot, "orthogonal", ("attention",), basis="slots", slot=slot)
         for slot in (0, 1)
@@ -126,8 +126,11 @@ def test_concepts_in_slots_of_their_own_are_told_to_sum_and_others_to_fuse(tmp_p
             assert terms["main"].down.abs().sum() > 0
     apart = survey(opened(slots))
     assert apart.total.worst(apart.total.input_overlap)[0] < 1e-6
-    assert "read different inputs" in apart.verdict[0]
+    assert "read different input directions" in apart.verdict[0]
     assert math.isclose(apart.row("all", apart.total)["smallest_angle_degrees"], 90, abs_tol=0.1)
+    for number, path in enumerate(slots):
+        with_sketches(path, 100 * number)
+    assert "--strategy gram" in survey(opened(slots)).verdict[0]  # inputs have a part in both directions
     free = [trained(tmp_path / f"f{seed}.safetensors", seed, targets=("attention",)) for seed in (1, 2)]
     assert "--calibrate" in survey(opened(free)).verdict[1]
     for number, path in enumerate(free):

@@ -1,6 +1,7 @@
 """Merging: exact where it says so, the same bytes for the same recipe, and nothing written where it is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,7 +348,7 @@ def test_gram_reads_sketches_from_the_files_and_auto_chooses_it(pair, tmp_path):
     assert any((dense(result)[s] - dense(plain)[s]).norm() > 0.1 * dense(plain)[s].norm() for s in dense(plain))
 
 
-def test_auto_sums_concepts_that_read_different_inputs_and_warns_of_others(tmp_path):
+def test_auto_without_sketches_sums_and_warns_of_concepts_that_read_the_same_inputs(tmp_path):
     base, sites, one = tiny_adapter("orthogonal", rank=2, basis="subset")
     two = tiny_adapter("orthogonal", rank=2, basis="subset", base=base)[2]
     for seed, adapter in enumerate((one, two)):
@@ -361,6 +362,9 @@ def test_auto_sums_concepts_that_read_different_inputs_and_warns_of_others(tmp_p
     files = [str(tmp_path / f"{n}.safetensors") for n in range(2)]
     plan = make_plan(make_recipe({"adapters": files}))
     assert (plan.choice.strategy, plan.warnings) == ("sum", [])
+    for number, file in enumerate(files):
+        with_sketches(Path(file), 100 * number)
+    assert make_plan(make_recipe({"adapters": files})).choice.strategy == "gram"  # inputs have a part in both
     a, b = trained(tmp_path / "a.safetensors", 1), trained(tmp_path / "b.safetensors", 1, rank=4)
     plan = make_plan(make_recipe({"adapters": [str(a), str(b)]}))
     assert plan.choice.strategy == "sum"

@@ -14,15 +14,11 @@ LITTLE, MUCH = 0.05, 0.3  # input overlap, where there are no sketches
 def verdict(names: Sequence[str], total: Tally) -> list[str]:
     """Sentences, the most important first."""
     overlap, (i, j) = total.worst(total.input_overlap)
+    crosstalk = total.crosstalk
     if float(total.products.sum() - total.products.diagonal().sum()) == 0:
         return ["They change no layer in common: a plain sum leaves each as it is."]
-    pair = f"'{names[i]}' and '{names[j]}'"
-    if overlap < APART:
-        return [
-            "They read different inputs: a plain sum leaves each concept's effect exactly as it is (--strategy sum)."
-        ]
-    crosstalk = total.crosstalk
     if crosstalk is None:
+        pair = f"'{names[i]}' and '{names[j]}'"
         return [_by_overlap(overlap, pair), "Nothing tells what the layers' inputs are; --calibrate records them."]
     worst, (i, j) = total.worst(crosstalk)
     words = f"on pictures of '{names[i]}', '{names[j]}' acts {worst:.0%} as strongly as '{names[i]}' itself"
@@ -38,6 +34,8 @@ def _by_crosstalk(worst: float, words: str, overlap: float) -> str:
 
 
 def _by_overlap(overlap: float, pair: str) -> str:
+    if overlap < APART:
+        return "They read different input directions: in a plain sum each keeps its own to itself."
     if overlap < LITTLE:
         return f"They overlap little (inputs at most {overlap:.2g}, {pair}): a plain sum will probably do."
     if overlap < MUCH:

@@ -1,4 +1,8 @@
-"""`auto`: which strategy fits, by how the adapters overlap. All from the factors; no weight is built."""
+"""`auto`: which strategy fits, by what the files tell. All from the factors; no weight is built.
+
+Input directions of one's own are no reason to sum: a layer's input has a part in everybody's. Eight concepts in slots
+kept 0.85 of their identities in a sum and raised the base's error by 66 %; `gram` 0.99 and 2.8 % (study `merging`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from studio.deltas import LowRank, Overlaps, WeightDelta
 
-HARMLESS = 1e-6  # input overlap below which a sum leaves every adapter's effect as it was
+HARMLESS = 1e-6  # input overlap below which no warning is due
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,11 @@ class OverlapTally:
         """The strategy, and why."""
         if len(self.inner) == 1:
             return Choice("sum", "there is one adapter")
+        if have_sketches:
+            return Choice("gram", "the files tell what the layers' inputs are")
         if self.worst < HARMLESS:
             return Choice("sum", f"the adapters read different inputs (overlap at most {self.worst:.0e})")
         overlap = f"they overlap by up to {self.worst:.2f} (at '{self.where}')"
-        if have_sketches:
-            return Choice("gram", f"{overlap}, and the files tell what the layers' inputs are")
         return Choice("sum", f"{overlap}, and gram would need sketches of the inputs", self._warnings())
 
     def _warnings(self) -> tuple[str, ...]:

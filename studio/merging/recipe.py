@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     adapters: tuple[Part, ...] = Field(min_length=1, description="What is merged.")
-    strategy: str = Field("auto", description="How; auto looks at how the adapters overlap.")
+    strategy: str = Field("auto", description="How; auto takes gram where the files have sketches, else sum.")
     options: dict[str, Any] = Field({}, description="The strategy's own settings.")
     rank: int | Literal["auto"] | None = Field(
         None, description="Highest rank of a layer; auto: the smallest within the tolerance."

@@ -44,7 +44,7 @@ def strategy_fields() -> dict[str, list[Field]]:
 
 def strategy_choices() -> list[tuple[str, str]]:
     found = [(f"{name} - {entry['summary']}", name) for name, entry in schemas()["strategies"].items()]
-    return [("auto - looks at how the concepts overlap and chooses", "auto"), *found]
+    return [("auto - gram where the files tell what the layers see, else the exact sum", "auto"), *found]
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def expected(names: Sequence[str], total: dict[str, Any]) -> str:
     rows = [
         ["sum", f"Adds the changes. Beside each concept's own effect there will be this much of another's: {told}."],
         ["gram", f"{known.get('gram', '').rstrip('.')}. Made for concepts that disturb each other."],
-        ["auto", "Takes the exact sum where they read different inputs, else gram where the files allow it."],
+        ["auto", "Takes gram where the files tell what the layers see, else the exact sum."],
     ]
     return pieces.table(["strategy", "what to expect"], [[pieces.text(cell) for cell in row] for row in rows])
 
