@@ -72,6 +72,10 @@ class Task(ABC):
 
     # -- for tasks that do more than follow gradients ------------------------------------------------------------
 
+    def prepare(self) -> Iterator[Event]:
+        """Called before all else: draws or encodes the data; yields `progress` events."""
+        yield from ()
+
     def restore(self, folder: Path) -> None:  # noqa: B027
         """Called before `groups` on resume: takes from what `save` wrote all that decides what is trained."""
 

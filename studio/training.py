@@ -160,16 +160,15 @@ class Training:
         if isinstance(self.preset.method, PatchMethod):
             assert self.pictures is not None
             assert self.card is not None
-            adapter_task = adapter_training(
+            task: Task = adapter_training(
                 self.preset.method, self.base, self.preset, self.run, self.pictures, self.card, cache
             )
-            task: Task = adapter_task
             yield from self._warnings()
-            yield from adapter_task.prepare()
-            for text in cache.warnings:
-                yield Event("warning", 0, {"text": text})
         else:
             task = self.preset.method.task(self.base, self.preset, self.run)
+        yield from task.prepare()
+        for text in cache.warnings:
+            yield Event("warning", 0, {"text": text})
         if self.preset.gradient_checkpointing:
             self.base.enable_gradient_checkpointing()
         try:

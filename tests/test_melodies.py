@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from studio.data.cache import Cache
 from studio.data.melodies.__main__ import main as write_melodies
 from studio.data.melodies.composing import compose, tonic_of
 from studio.data.melodies.cycles import TALAS, USULS
@@ -164,6 +165,32 @@ def test_a_pool_holds_the_same_at_a_step_however_it_came_there():
     other = jumped.batch(3, 0, range(3))
     assert at_last[0].equal(other[0])
     assert at_last[1] == other[1]
+
+
+def test_a_pool_finds_its_first_filling_on_disk_again(tmp_path):
+    made = []
+
+    def pool(source="a"):
+        def draw(key):
+            made.append(key)
+            return drawn(("pool", *key), "western", 0.5).wave, f"şarkı {key}"
+
+        found = MelodyPool(draw, lambda waves: waves, 20, 1, 0, Cache(tmp_path), source)
+        assert list(found.fill()) == [0, 16]
+        return found
+
+    first = pool().batch(0, 0, range(5))
+    assert len(made) == 20
+    again = pool()
+    assert again.batch(0, 0, range(5))[1] == first[1]
+    assert again.batch(0, 0, range(5))[0].equal(first[0])
+    assert len(made) == 20
+    walked, jumped = again.batch(3, 0, range(5)), pool().batch(3, 0, range(5))
+    assert len(made) == 20 + 3 + 3  # what is renewed is drawn
+    assert walked[1] == jumped[1]
+    assert walked[0].equal(jumped[0])
+    pool("b")
+    assert len(made) == 26 + 20  # of something else
 
 
 # -- captions ----------------------------------------------------------------------------------------------------

@@ -72,15 +72,15 @@ def _tell(report: Any) -> None:
     rows += [report.row(name, figures) for name, figures in report.groups.items()]
     pair = ["worst pair"] if len(report.adapters) > 2 else []
 
-    def line(row: dict[str, Any]) -> list[Any]:
+    def cells(row: dict[str, Any]) -> list[Any]:
         return [shown(row[key]) for key in MEASURES.values()] + ([" + ".join(row["pair"] or ())] if pair else [])
 
     print_table(
-        ["where", "layers", *MEASURES, *pair], [[row["where"], row["layers"], *line(row)] for row in rows], "where"
+        ["where", "layers", *MEASURES, *pair], [[row["where"], row["layers"], *cells(row)] for row in rows], "where"
     )
     layers = [report.row(layer.site, layer.figures) for layer in report.layers]
     worst = sorted(layers, key=lambda row: (-(row["crosstalk"] or 0), -row["input_overlap"], row["where"]))
     out.print(f"The {min(len(worst), LAYERS_SHOWN)} worst of {len(worst)} layers:", style="bold")
     for row in worst[:LAYERS_SHOWN]:
-        out.print("  ".join([row["where"], *line(row)[len(MEASURES) :]]), soft_wrap=True, markup=False)
+        out.print("  ".join([row["where"], *cells(row)[len(MEASURES) :]]), soft_wrap=True, markup=False)
         out.print("    " + ", ".join(f"{name} {shown(row[key])}" for name, key in MEASURES.items()), soft_wrap=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from studio.data import melodies
+from studio.data.cache import Cache
 from studio.data.melodies.pool import MelodyPool
 from studio.data.melodies.source import Melody, draw_melody
 from studio.errors import PresetError
 from studio.fit import Group, Task
 from studio.keyed import numpy_generator
+from studio.paths import studio_home
 from studio.preset import Preset
-from studio.run import Run
+from studio.run import Event, Run
 
 
 class MusicTask(Task):
@@ -30,11 +35,32 @@ class MusicTask(Task):
         for module in self.modules.values():
             module.requires_grad_(True)
         self._train_mode(True)
-        self.pool = MelodyPool(self._piece, self._row, preset.data.pool, preset.data.refresh, preset.seed)
+        data, encoder = preset.data, self._encoder()
+        kept = (Cache(studio_home() / "cache"), self._source(encoder)) if encoder is not None else ()
+        self.pool = MelodyPool(self._piece, self._row, data.pool, data.refresh, preset.seed, *kept)
+
+    def prepare(self) -> Iterator[Event]:
+        for done in self.pool.fill():
+            yield Event("progress", 0, {"what": "playing pieces", "done": done, "total": self.pool.size})
 
     def _networks(self) -> dict[str, Any]:
         """What is trained, by name."""
         return {name: getattr(self.base.denoiser, name) for name in self.networks}
+
+    def _encoder(self) -> Any:
+        """The frozen network that makes rows of waves, whose rows are then kept on disk; None where waves are kept."""
+        return None
+
+    def _source(self, encoder: Any) -> str:
+        """All that a row depends on beside its key: how pieces are drawn, of what length, and what encodes them."""
+        digest = hashlib.sha256()
+        for file in sorted(Path(melodies.__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+        for name, value in sorted(encoder.state_dict().items()):
+            digest.update(name.encode() + value.cpu().float().numpy().tobytes())
+        data = self.preset.data
+        told = (self.piece_seconds, data.traditions, data.intonation, data.stems, type(self).__name__)
+        return f"{digest.hexdigest()}|{told}"
 
     def _train_mode(self, on: bool) -> None:
         for module in self.modules.values():

@@ -115,6 +115,9 @@ class DenoiserTask(SpectrogramTask):
 
     networks = ("unet", "text_encoder", "beat_encoder", "chord_encoder")
 
+    def _encoder(self) -> Any:
+        return self.base.pipe.vae
+
     def _row(self, waves: Tensor) -> Tensor:
         return self.base.encode_sounds(waves)
 

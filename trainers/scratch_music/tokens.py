@@ -134,6 +134,9 @@ class DecoderTask(MusicTask):
             )
         super().__init__(method, base, preset, run)
 
+    def _encoder(self) -> Any:
+        return self.base.denoiser.audio_encoder
+
     def _row(self, waves: Tensor) -> Tensor:
         return self.base.encode_sounds(waves).short()
 

@@ -5,11 +5,12 @@ What a pool holds at a step is a function of (seed, step) alone, so a resumed ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from studio.data.cache import Cache
 from studio.keyed import numpy_generator
 
 CHUNK = 16  # pieces encoded at a time
@@ -19,6 +20,7 @@ class MelodyPool:
     """`size` rows with their captions, of which `refresh` are drawn anew at each step, in turn.
 
     `draw` gives the wave (1, T) and the caption of a key, `encode` turns waves (B, 1, T) into the rows that are kept.
+    With a `cache` the first filling is kept on disk, too; `source` tells what its rows depend on beside their keys.
     """
 
     def __init__(
@@ -28,12 +30,21 @@ class MelodyPool:
         size: int,
         refresh: int,
         seed: int,
+        cache: Cache | None = None,
+        source: str = "",
     ) -> None:
+        self.cache, self.source = cache, source
         self.draw, self.encode = draw, encode
         self.size, self.refresh, self.seed = size, refresh, seed
         self.versions = [-1] * size
         self.captions = [""] * size
         self.rows: list[Tensor] = [torch.empty(0)] * size
+
+    def fill(self) -> Iterator[int]:
+        """Draws the first filling, or takes it from the cache; yields how many rows there are by now."""
+        for start in range(0, self.size, CHUNK):
+            yield start
+            self._fill_first(range(start, min(start + CHUNK, self.size)))
 
     def batch(self, step: int, micro: int, slots: range) -> tuple[Tensor, list[str]]:
         """Rows (B, ...) and captions of the samples in these slots of a step."""
@@ -48,7 +59,22 @@ class MelodyPool:
         stale = [i for i in range(self.size) if self.versions[i] != wanted[i]]
         for start in range(0, len(stale), CHUNK):
             part = stale[start : start + CHUNK]
-            pairs = [self.draw((self.seed, i, wanted[i])) for i in part]
-            rows = self.encode(torch.stack([wave for wave, _ in pairs])).cpu()
-            for i, row, (_, caption) in zip(part, rows, pairs, strict=True):
-                self.rows[i], self.captions[i], self.versions[i] = row, caption, wanted[i]
+            self._put(part, *self._made([(self.seed, i, wanted[i]) for i in part]), [wanted[i] for i in part])
+
+    def _made(self, keys: list[tuple[object, ...]]) -> tuple[Tensor, list[str]]:
+        pairs = [self.draw(key) for key in keys]
+        return self.encode(torch.stack([wave for wave, _ in pairs])).cpu(), [caption for _, caption in pairs]
+
+    def _put(self, where: Sequence[int], rows: Tensor, captions: list[str], versions: Sequence[int]) -> None:
+        for i, row, caption, version in zip(where, rows, captions, versions, strict=True):
+            self.rows[i], self.captions[i], self.versions[i] = row, caption, version
+
+    def _fill_first(self, block: range) -> None:
+        def compute() -> dict[str, Tensor]:
+            rows, captions = self._made([(self.seed, i, 0) for i in block])
+            return {"rows": rows, "captions": torch.tensor(list("\n".join(captions).encode()), dtype=torch.uint8)}
+
+        key = f"melodies|{self.source}|{self.seed}|{block.start}-{block.stop}"
+        found = self.cache.get(key, compute) if self.cache else compute()
+        captions = bytes(found["captions"].tolist()).decode().split("\n")
+        self._put(block, found["rows"], captions, [0] * len(block))
