@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing leaves this machine
-
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ui.quick import without_servers  # isort: skip  gradio, which all others import
 
 import gradio as gr
 
@@ -24,7 +23,7 @@ from studio.trace import trace_of
 from ui import look
 from ui.access import users_for
 from ui.pages import generate
-from ui.registry import pages
+from ui.registry import Page, pages
 
 LARGEST_UPLOAD = "2gb"
 LOOK_EVERY_SECONDS = 0.03
@@ -34,6 +33,11 @@ KEPT = (3600, 86_400)  # seconds: how often old uploads are looked for, and how 
 def build() -> gr.Blocks:
     """All pages as one app."""
     first, *others = pages()
+    with without_servers():
+        return _written(first, others)
+
+
+def _written(first: Page, others: list[Page]) -> gr.Blocks:
     with gr.Blocks(title="The studio", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as app:
         gr.Navbar(main_page_name=first.title)
         first.build()
