@@ -19,6 +19,7 @@ from studio.errors import AdapterError, RequestError
 from studio.exporting.job import Job
 from studio.exporting.kohya import kohya_tensors
 from studio.importing.opening import open_sources
+from studio.interference.command import interference
 from studio.merging import Merger, make_plan, make_recipe
 
 ATTENTION = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # (32, 32) on the tiny base
@@ -351,6 +352,19 @@ def test_files_of_other_programs_merge_on_an_outline_and_the_base_is_never_loade
     assert plan.base is None
     assert made.card.base.architecture == base.identity().architecture
     assert all(made.tensors()[name].equal(value) for name, value in whole.tensors().items())
+
+
+def test_files_of_other_programs_are_compared_on_an_outline(tmp_path, tiny_base_folder, monkeypatch):
+    own = [trained(tmp_path / f"{n}.safetensors", n, targets=("attention",)) for n in (1, 2)]
+    foreign = []
+    for path in own:
+        (tmp_path / path.stem).mkdir()
+        foreign.append(str(as_kohya(path, tmp_path / path.stem).rename(tmp_path / f"kohya{path.stem}.safetensors")))
+    monkeypatch.setattr("studio.bases.registry.load_base", lambda *_: pytest.fail("the base was loaded"))
+    theirs, ours = interference(foreign, str(tiny_base_folder)), interference([str(path) for path in own])
+    torch.testing.assert_close(theirs.total.input_overlap, ours.total.input_overlap)
+    with pytest.raises(RequestError, match="which base"):
+        interference(foreign)
 
 
 def test_a_file_of_another_program_needs_a_base(base, tmp_path):

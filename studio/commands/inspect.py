@@ -67,7 +67,7 @@ def _tell(report: Any) -> None:
         out.print(line, soft_wrap=True, markup=False, style="bold")
     for line in report.findings:
         out.print(f"- {line}", soft_wrap=True, markup=False)
-    print_table(list(report.adapters[0]), [list(adapter.values()) for adapter in report.adapters])
+    print_table(list(report.adapters[0]), [[*map(shown, adapter.values())] for adapter in report.adapters])
     rows = [report.row("everything", report.total)]
     rows += [report.row(name, figures) for name, figures in report.groups.items()]
     pair = ["worst pair"] if len(report.adapters) > 2 else []
@@ -78,9 +78,9 @@ def _tell(report: Any) -> None:
     print_table(
         ["where", "layers", *MEASURES, *pair], [[row["where"], row["layers"], *cells(row)] for row in rows], "where"
     )
-    layers = [report.row(layer.site, layer.figures) for layer in report.layers]
-    worst = sorted(layers, key=lambda row: (-(row["crosstalk"] or 0), -row["input_overlap"], row["where"]))
-    out.print(f"The {min(len(worst), LAYERS_SHOWN)} worst of {len(worst)} layers:", style="bold")
-    for row in worst[:LAYERS_SHOWN]:
+    worst = report.worst_layers(LAYERS_SHOWN)
+    out.print(f"The {len(worst)} worst of {len(report.layers)} layers:", style="bold")
+    for row in worst:
         out.print("  ".join([row["where"], *cells(row)[len(MEASURES) :]]), soft_wrap=True, markup=False)
-        out.print("    " + ", ".join(f"{name} {shown(row[key])}" for name, key in MEASURES.items()), soft_wrap=True)
+        told = [f"{name} {shown(row[key])}" for name, key in MEASURES.items() if row[key] is not None]
+        out.print(f"    {', '.join(told)}", soft_wrap=True)

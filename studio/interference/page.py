@@ -30,7 +30,7 @@ LAYERS_SHOWN = 60
 def page(report: Report) -> str:
     """The whole document."""
     names, total = report.names, report.total
-    parts = ["<h1>Interference of " + escape(", ".join(names)) + "</h1>"]
+    parts = [f"<h1>{_title(names)}</h1>"]
     parts += [f'<p class="verdict">{escape(line)}</p>' for line in report.verdict]
     parts += ["<ul>", *(f"<li>{escape(line)}</li>" for line in report.findings), "</ul>"] if report.findings else []
     parts.append(_table(list(report.adapters[0]), [list(adapter.values()) for adapter in report.adapters]))
@@ -47,16 +47,18 @@ def page(report: Report) -> str:
         parts.append(tree("who reads the same inputs (joined left: much in common)", names, root))
     parts.append("<h2>By part of the model</h2>")
     parts.append(_rows(report, [report.row(name, figures) for name, figures in report.groups.items()]))
-    parts.append("<h2>Layers that overlap most</h2>")
-    rows = [report.row(layer.site, layer.figures) for layer in report.layers]
-    worst = sorted(rows, key=lambda row: (-row["input_overlap"], row["where"]))[:LAYERS_SHOWN]
+    parts.append("<h2>The worst layers</h2>")
+    worst = report.worst_layers(LAYERS_SHOWN)
     labels = [label for label, key in MEASURES.items() if key != "smallest_angle_degrees"]
     strip = [[row[MEASURES[label]] or 0.0 for label in labels] for row in worst]
     parts.append(heat_map("the worst pair of each", [row["where"] for row in worst], labels, strip))
-    title = escape("Interference of " + ", ".join(names))
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_title(names)}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{body}</html>\n'
+
+
+def _title(names: Sequence[str]) -> str:
+    return escape("Interference of " + (", ".join(names) if len(names) <= MANY else f"{len(names)} adapters"))
 
 
 def _numbers(matrix: Tensor) -> list[list[float]]:

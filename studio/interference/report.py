@@ -55,6 +55,11 @@ class Report:
     def names(self) -> list[str]:
         return [adapter["name"] for adapter in self.adapters]
 
+    def worst_layers(self, count: int) -> list[dict[str, Any]]:
+        """Rows of the layers of most crosstalk, or, where that is not known, of most input overlap."""
+        rows = [self.row(layer.site, layer.figures) for layer in self.layers]
+        return sorted(rows, key=lambda row: (-(row["crosstalk"] or 0), -row["input_overlap"], row["where"]))[:count]
+
     def row(self, name: str, figures: Tally) -> dict[str, Any]:
         """The worst pair of a layer or group by each measure, as numbers for a table."""
         found: dict[str, Any] = {"where": name, "layers": figures.layers}
