@@ -1,18 +1,14 @@
-"""Pictures of sounds: the wave, its spectrum over time, and where its pitch lies among the degrees of a mode.
-
-Drawn with numpy and Pillow alone, so that the browser can show them. T samples.
-"""
+"""Pictures of sounds with axes: the spectrogram of `waves`, and where pitch lies in a mode. T samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from studio import waves
 from studio.data.melodies.modes import MODES, OCTAVE
 from studio.errors import DataError
 from studio.evaluate.lines import likeliest_tonic
@@ -24,74 +20,21 @@ WIDTH, HEIGHT = 720, 220  # pixels of a drawing, axes included
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26
 GROUND, INK, SOFT, LINE = (255, 255, 255), (29, 33, 41), (102, 102, 119), (216, 219, 226)
 TRACED = (47, 111, 221)
-RANGE_DB = 70.0
-LOWEST_HZ = 60.0
 FONT = 12
-#: Dark to light, read off a spectrum of heat: black, violet, red, orange, pale yellow.
-HEAT = np.array([(8, 8, 24), (76, 24, 110), (178, 50, 90), (240, 130, 50), (252, 236, 180)], float)
-
-
-def read_wave(path: Path) -> tuple[Wave, int]:
-    """The mono wave (T,) of a file and its rate in Hz. Raises DataError."""
-    import soundfile
-
-    try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        raise DataError(f"'{path}' cannot be read as sound: {str(error).splitlines()[0]}") from None
-    return wave.mean(1), int(rate)
 
 
 def spectrogram(wave: Wave, rate_hz: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """Loudness by time across and pitch upwards, on a logarithmic axis from 60 Hz to half the rate."""
+    """Loudness by time across and pitch upwards, on a logarithmic axis up to half the rate."""
     picture, box = _canvas(width, height)
     across, up = box[2] - box[0], box[3] - box[1]
     if len(wave):
-        shown = Image.fromarray(_heat(_levels(np.asarray(wave, np.float64), rate_hz, across, up)))
-        picture.paste(shown, (box[0], box[1]))
+        picture.paste(waves.spectrogram(np.asarray(wave), rate_hz, across, up), (box[0], box[1]))
     pen = ImageDraw.Draw(picture)
     highest = rate_hz / 2
     for hz in (100, 200, 400, 800, 1600, 3200, 6400, 12800):
         if hz < highest:
-            y = box[3] - up * np.log(hz / LOWEST_HZ) / np.log(highest / LOWEST_HZ)
+            y = box[3] - up * np.log(hz / waves.LOWEST_HZ) / np.log(highest / waves.LOWEST_HZ)
             _label(pen, (box[0] - 6, y), f"{hz} Hz" if hz == 100 else str(hz), "rm")
-    _seconds(pen, box, len(wave) / rate_hz)
-    return picture
-
-
-def _levels(wave: Wave, rate_hz: int, across: int, up: int) -> Wave:
-    """Decibels below the loudest, (up, across), the highest pitch first."""
-    size = 1 << round(np.log2(0.085 * rate_hz))
-    padded = np.pad(wave, (size // 2, size // 2 + size))
-    starts = np.linspace(0, max(0, len(wave) - 1), across).astype(int)
-    power = np.abs(np.fft.rfft(padded[starts[:, None] + np.arange(size)] * np.hanning(size))) ** 2
-    edges = np.geomspace(rate_hz / 2, LOWEST_HZ, up + 1) * size / rate_hz
-    rows = []
-    for high, low in pairwise(edges):
-        first, last = int(np.floor(low)), max(int(np.floor(low)) + 1, int(np.ceil(high)))
-        rows.append(power[:, first:last].max(1) if last - first > 1 else power[:, first])
-    level = 10 * np.log10(np.stack(rows) + 1e-12)
-    return np.clip(level - level.max(), -RANGE_DB, 0)
-
-
-def _heat(decibels: Wave) -> NDArray[np.uint8]:
-    place = (decibels / RANGE_DB + 1) * (len(HEAT) - 1)
-    low = np.clip(place.astype(int), 0, len(HEAT) - 2)
-    share = (place - low)[..., None]
-    return (HEAT[low] * (1 - share) + HEAT[low + 1] * share).astype(np.uint8)
-
-
-def waveform(wave: Wave, rate_hz: int, width: int = WIDTH, height: int = 96) -> Image.Image:
-    """The extent of the wave over time."""
-    picture, box = _canvas(width, height)
-    pen = ImageDraw.Draw(picture)
-    middle, half = (box[1] + box[3]) / 2, (box[3] - box[1]) / 2
-    pen.line([(box[0], middle), (box[2], middle)], fill=LINE)
-    for column, part in enumerate(np.array_split(np.asarray(wave), box[2] - box[0])):
-        if len(part):
-            ends = [(box[0] + column, middle - half * float(np.clip(v, -1, 1))) for v in (part.max(), part.min())]
-            pen.line(ends, fill=TRACED)
-    _label(pen, (box[0] - 6, middle), "0", "rm")
     _seconds(pen, box, len(wave) / rate_hz)
     return picture
 

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from studio.data.captions import fill_template, put_words
 from studio.data.clips import ClipFile, frame_files, scan_clips
+from studio.data.report import Report
 from studio.errors import DataError
 from studio.files import sha256_of
 from studio.preset import Data
@@ -34,26 +34,12 @@ class Animation:
 
 
 @dataclass(frozen=True)
-class AnimationReport:
-    """What became of the files: names, (name, reason) of the dropped ones, remarks, clips by number of frames."""
-
-    used: list[str]
-    held_out: list[str]
-    dropped: list[tuple[str, str]]
-    warnings: list[str]
-    buckets: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
 class AnimationSet:
     """The clips to train on and those held out. `fingerprint` tells contents and captions, and no file names."""
 
     clips: list[Animation]
     held_out: list[Animation]
-    report: AnimationReport
+    report: Report
     fingerprint: str
     noun = "clips"
 
@@ -93,7 +79,7 @@ def scan_animations(
     order = sorted(clips, key=lambda one: one.content)
     held_out, kept = order[: data.validation], [one for one in clips if one not in order[: data.validation]]
     lengths = Counter(f"{len(one.file.kept)} frames" for one in kept)
-    report = AnimationReport(
+    report = Report(
         [one.name for one in kept],
         [one.name for one in held_out],
         dropped,

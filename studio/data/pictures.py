@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from studio.data import remarks
 from studio.data.buckets import Size, bucket_table, nearest_bucket, square
@@ -19,26 +18,12 @@ from studio.data.decode import Unusable, decode, frames_of
 from studio.data.listing import Listing, list_folder
 from studio.data.masks import Masks
 from studio.data.picture import Picture, load_mask, load_pixels
+from studio.data.report import Report
 from studio.errors import DataError
 from studio.files import sha256_of
 from studio.preset import Data
 
 __all__ = ["Picture", "PictureSet", "Report", "fingerprint_of", "load_mask", "load_pixels", "scan"]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of the files: names, (name, reason) of the dropped ones, remarks, training pictures per bucket."""
-
-    used: list[str]
-    held_out: list[str]
-    dropped: list[tuple[str, str]]
-    warnings: list[str]
-    buckets: dict[Size, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: buckets as "512x768"."""
-        return {**vars(self), "buckets": {f"{w}x{h}": count for (w, h), count in self.buckets.items()}}
 
 
 @dataclass(frozen=True)
@@ -118,7 +103,8 @@ def scan(
         *remarks.on_pictures(kept),
         *remarks.on_animations([picture for picture in usable if frames_of(picture.path) > 1]),
     ]
-    buckets = dict(sorted(Counter(picture.bucket for picture in kept).items()))
+    counts = sorted(Counter(picture.bucket for picture in kept).items())
+    buckets = {f"{width}x{height}": count for (width, height), count in counts}
     names, held_out_names = [p.name for p in kept], [p.name for p in held_out]
     report = Report(names, held_out_names, dropped + copies, warnings, buckets)
     return PictureSet(kept, held_out, report, fingerprint_of(kept))

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from studio.data.captions import Captions
 from studio.data.listing import SOUND_ENDINGS, Listing, list_folder
 from studio.data.melodies.fields import told_by_fields
+from studio.data.report import Report
 from studio.data.sounds import Sound, UnusableSound, read_sound
 from studio.errors import DataError
 from studio.files import sha256_of
@@ -47,26 +47,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class SoundReport:
-    """What became of the files: names, (name, reason) of the dropped ones, remarks, pieces by length."""
-
-    used: list[str]
-    held_out: list[str]
-    dropped: list[tuple[str, str]]
-    warnings: list[str]
-    buckets: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
 class SoundSet:
     """The pieces to train on and those held out. `fingerprint` tells contents and captions, and no file names."""
 
     pieces: list[Piece]
     held_out: list[Piece]
-    report: SoundReport
+    report: Report
     fingerprint: str
     noun = "pieces of sound"
 
@@ -126,7 +112,7 @@ def scan_recordings(
         )
     kept, held_out, copies = _hold_out(recordings, data.validation)
     lengths = Counter(f"{piece.seconds:.1f} s" for piece in kept)
-    report = SoundReport(
+    report = Report(
         list(dict.fromkeys(piece.name for piece in kept)),
         list(dict.fromkeys(piece.name for piece in held_out)),
         dropped + copies,
