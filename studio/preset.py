@@ -64,8 +64,10 @@ class Data(_Settings):
     crop: int | None = Field(None, ge=16, description="Stickers: train the autoencoder on crops of this side.")
     alone: float = Field(0.0, ge=0, le=1, description="Stickers: share of pictures with one thing in the middle.")
     fill: float | None = Field(None, gt=0, le=1, description="Stickers: its size there, as a fraction of the picture.")
-    pool: int = Field(2048, ge=1, description="Stickers: pictures kept encoded at a time.")
-    refresh: int = Field(8, ge=0, description="Stickers: pictures of the pool that are drawn anew at each step.")
+    pool: int = Field(2048, ge=1, description="Worlds that are drawn: examples kept encoded at a time.")
+    refresh: int = Field(
+        8, ge=0, description="Worlds that are drawn: examples of the pool that are drawn anew at each step."
+    )
     frames: int = Field(8, ge=1, le=64, description="Clips: most frames of one; longer ones give their key frames.")
     stills: float = Field(0.2, ge=0, le=1, description="Moving stickers: share of clips with a single frame.")
     traditions: tuple[Literal["western", "raga", "makam"], ...] = Field(

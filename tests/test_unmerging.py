@@ -72,6 +72,20 @@ def test_a_fusion_gives_a_parents_columns_back_and_a_competition_does_not(three,
         Unmerger(str(tmp_path / "ties.safetensors"), str(two[1]))
 
 
+def test_a_fusion_keeps_parents_apart_also_where_dense_is_smaller(tmp_path):
+    from test_merging import with_sketches
+
+    two = [trained(tmp_path / f"q{n}.safetensors", n, targets=("*.conv_out",), rank=4) for n in (1, 2)]
+    two = [with_sketches(path, 50 * n) for n, path in enumerate(two)]
+    merged(dict.fromkeys(two, 1.0), tmp_path / "sum.safetensors", strategy="sum")
+    assert not _side_by_side(load_adapter(tmp_path / "sum.safetensors"))  # of four outputs and rank 8
+    merged(dict.fromkeys(two, 1.0), tmp_path / "gram.safetensors", strategy="gram")
+    assert _side_by_side(load_adapter(tmp_path / "gram.safetensors"))
+    left = [Unmerger(str(tmp_path / "gram.safetensors"), str(path)).adapter() for path in two]
+    whole, one, other = (dense(adapter) for adapter in (load_adapter(tmp_path / "gram.safetensors"), *left))
+    assert_same(whole, {site: one[site] + other[site] for site in whole})
+
+
 def _side_by_side(adapter):
     return all(-1 not in parent["ranks"] for parent in adapter.card.parents)
 

@@ -163,14 +163,19 @@ def layer_with(shape: LayerShape, call: LayerCall, x: Tensor, weight: Tensor) ->
 
 
 def stored_terms(
-    change: WeightDelta | None, bias: Tensor | None, dtype: torch.dtype, code: Code | None = None
+    change: WeightDelta | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    code: Code | None = None,
+    factored: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """A change as it is written: term -> tensor name -> tensor, in the form that has the fewest numbers.
 
-    With a code, low-rank changes are written in few bits; others stay as they are.
+    With a code, low-rank changes are written in few bits; others stay as they are. `factored` keeps factors also where
+    they have more numbers than the dense change.
     """
     terms: dict[str, dict[str, Tensor]] = {}
-    for part in _storable(change):
+    for part in _storable(change, factored):
         if isinstance(part, LowRank) and code is not None:
             terms["low_rank"] = code.encode(part)
         elif isinstance(part, LowRank):
@@ -186,8 +191,8 @@ def stored_terms(
     return terms
 
 
-def _storable(change: WeightDelta | None) -> list[WeightDelta]:
-    """Low-rank, sparse or dense terms with this sum; dense alone where that has no more numbers."""
+def _storable(change: WeightDelta | None, factored: bool) -> list[WeightDelta]:
+    """Low-rank, sparse or dense terms with this sum; dense alone where that has no more numbers, unless `factored`."""
     if change is None:
         return []
     terms = []
@@ -198,7 +203,7 @@ def _storable(change: WeightDelta | None) -> list[WeightDelta]:
     parts = list(together.terms) if isinstance(together, Sum) else [together]
     forms = all(isinstance(part, LowRank | Sparse) for part in parts)
     numbers = sum(value.numel() for part in parts for value in part.tensors())
-    return parts if forms and numbers < change.numel else [Dense(together.dense())]
+    return parts if forms and (factored or numbers < change.numel) else [Dense(together.dense())]
 
 
 def fixed_patch(name: str, shape: LayerShape, tensors: Mapping[str, Tensor]) -> Patch:

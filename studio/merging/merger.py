@@ -24,6 +24,7 @@ from studio.merging.report import EXACT, MergeReport, Row
 from studio.merging.spool import Spool, header_bytes
 
 KEEPS_BLOCKS = ("sum", "gram")  # strategies whose result has each adapter's columns side by side
+FACTORED = "gram"  # whose result has them even where dense is smaller: no parent can be subtracted from it
 MIXED = -1  # in the card: a parent's share of a layer is in one with the others'
 AUTO_TOLERANCE = 0.01  # of --rank auto, where no tolerance is given
 Progress = Callable[[int, int], None]
@@ -95,7 +96,7 @@ class Merger:
         bias = None
         for weight, own in biases:
             bias = weight * own if bias is None else bias + weight * own
-        terms = stored_terms(change, bias, torch.float32, self.code)
+        terms = stored_terms(change, bias, torch.float32, self.code, self.plan.choice.strategy == FACTORED)
         self.ranks[site] = self._ranks(guests, deltas, terms)
         if self.code is not None and isinstance(change, LowRank) and "low_rank" in terms:
             self._add_error(coding_error(change, terms["low_rank"]))
@@ -168,7 +169,8 @@ class Merger:
         for site, shape in self.plan.shapes.items():
             dense = torch.Size(shape.weight).numel()
             own = sum(guest.source.numbers(site) for guest in self.plan.at(site))
-            total += min(own, dense) + (shape.weight[0] if shape.bias else 0)
+            kept = own if self.plan.choice.strategy == FACTORED else min(own, dense)
+            total += kept + (shape.weight[0] if shape.bias else 0)
         return 4 * total
 
 

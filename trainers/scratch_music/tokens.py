@@ -29,6 +29,7 @@ CODEBOOKS = "codebooks.safetensors"
 PIECE_SECONDS = 4.0  # of what the codec's crops are taken from
 FIRST_FRAMES = 64  # crops that codebooks begin with
 VALIDATION_PIECES = 16
+OPENINGS = (1.0, 0.5, 0.25, 0.125)  # of a piece, what a batch has of it
 
 
 class CodecTask(MusicTask):
@@ -121,7 +122,11 @@ class CodecTask(MusicTask):
 
 
 class DecoderTask(MusicTask):
-    """Cross-entropy of the codes of pieces under their captions, with the text encoder trained along."""
+    """Cross-entropy of the codes of pieces under their captions, with the text encoder trained along.
+
+    A batch is pieces' openings of one length: only before the first notes have sounded are the words needed to know the
+    instrument and the mode, and of whole pieces that is too small a share to learn from.
+    """
 
     networks = ("text_encoder", "enc_to_dec_proj", "decoder")
 
@@ -145,6 +150,8 @@ class DecoderTask(MusicTask):
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         codes, captions = self.pool.batch(step, micro, slots)
+        share = OPENINGS[int(numpy_generator("opening", self.preset.seed, step, micro).integers(len(OPENINGS)))]
+        codes = codes[..., : max(1, round(share * codes.shape[-1]))]
         dropout = self.preset.data.caption_dropout
         keys = [("caption", self.preset.seed, step, micro, slot) for slot in slots]
         told = [
