@@ -27,7 +27,7 @@ from studio.patch import LayerShape
 LAYERS = "musicgen.decoder.model.decoder.layers"
 IDLE = ("musicgen.audio_encoder.", "musicgen.text_encoder.shared")  # the latter is a second name of embed_tokens
 LONGEST_TEXT = 512  # tokens; T5 was trained on no more
-GUIDANCE = 3.0  # the authors' own, as is TOP_K
+GUIDANCE = 3.0  # the authors' own, as is TOP_K; what a base says of itself counts more
 TOP_K = 250
 
 
@@ -258,7 +258,7 @@ class MusicGen(Base):
         guidance = self.denoiser.generation_config.guidance_scale or GUIDANCE
         options: dict[str, Any] = {
             "do_sample": True,
-            "top_k": TOP_K,
+            "top_k": self.denoiser.generation_config.top_k or TOP_K,
             "guidance_scale": guidance if request.guidance is None else request.guidance,
             "max_new_tokens": new_tokens,
         }

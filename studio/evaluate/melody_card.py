@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
@@ -36,11 +37,13 @@ from studio.evaluate.scales import in_scale_share, likeliest
 from studio.evaluate.timbre import TimbreJudge, timbre_features
 from studio.files import write_atomically
 from studio.keyed import numpy_generator
+from studio.sound_pictures import spectrogram
 
 Progress = Callable[[int, int], None]
 
 CODEC_SECONDS = 4.0
 JUDGE_PIECES = 168
+SHOWN = 6  # prompts that the sheet has
 TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
 
 
@@ -155,7 +158,7 @@ def measure_prompts(
 ) -> dict[str, Any]:
     """Marks of generated pieces, of true renderings, and by chance; half of the prompts are held-out combinations."""
     judge, judged = fit_judge(base.sample_rate_hz, seconds)
-    asked, played, rendered = [], [], []
+    asked, played, rendered, shown = [], [], [], []
     for number in range(count):
         rng = numpy_generator("melody prompt", seed, number)
         fields = draw_fields(rng, (TRADITIONS[number % len(TRADITIONS)],), held_out=number % 2 == 1, taught=True)
@@ -165,11 +168,15 @@ def measure_prompts(
             save_sound(sound, out / f"{number:03d}.wav", {"prompt": prompt, "seed": number})
         key = ("rendered", seed, number)
         truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
+        if number < SHOWN:
+            shown.append((prompt, sound.wave.mean(0).numpy(), truth.wave[0].numpy()))
         asked.append(fields)
         played.append(listen(sound.wave.mean(0).numpy(), base.sample_rate_hz, judge))
         rendered.append(listen(truth.wave[0].numpy(), base.sample_rate_hz, judge))
         if on_progress:
             on_progress(number + 1, count)
+    if out is not None:
+        _sheet(shown, base.sample_rate_hz).save(out / "sheet.png")
     others = [
         marks(played[i], asked[j]) for a, b in combinations(range(count), 2) for i, j in ((a, b), (b, a))
         if asked[i].tradition == asked[j].tradition
@@ -186,6 +193,19 @@ def measure_prompts(
         "instrument_judge_right": round(judged, 3),
         **{name: _average(part) for name, part in rows.items() if part},
     }
+
+
+def _sheet(rows: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]], rate_hz: int) -> Image.Image:
+    """Spectrograms of what was played for each prompt and, to the right, of a true rendering of it."""
+    wide, tall, line = 480, 170, 24
+    sheet = Image.new("RGB", (2 * wide, len(rows) * (tall + line)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, (prompt, played, truth) in enumerate(rows):
+        top = number * (tall + line)
+        for column, (words, wave) in enumerate(((prompt, played), ("as the world plays it", truth))):
+            pen.text((column * wide + 52, top + 4), words, fill="black", font=font)
+            sheet.paste(spectrogram(wave, rate_hz, wide, tall), (column * wide, top + line))
+    return sheet
 
 
 def _average(rows: Sequence[dict[str, float]]) -> dict[str, float]:

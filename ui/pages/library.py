@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ FILTERS = ("method", "base")
 def found(search: str, chosen: tuple[str, ...] = ()) -> list[Entry]:
     """The adapters whose name or facts have all words of the search, newest first; of the chosen method and base."""
     words, wanted = search.lower().split(), [(key, value) for key, value in zip(FILTERS, chosen, strict=False) if value]
-    entries = sorted(library.entries(), key=lambda e: e.path.stat().st_mtime, reverse=True)
+    entries = _newest_first()
     if not words and not wanted:
         return entries
     known = [(entry, facts_of(entry)) for entry in entries]
@@ -65,9 +66,20 @@ def found(search: str, chosen: tuple[str, ...] = ()) -> list[Entry]:
     ]
 
 
+def _newest_first() -> list[Entry]:
+    folder = library.library_dir()
+    return _listed(folder, folder.stat().st_mtime_ns) if folder.is_dir() else []
+
+
+@lru_cache(maxsize=1)
+def _listed(folder: Path, _changed: int) -> list[Entry]:
+    """Whatever is kept in the folder gets there by renaming, which changes the folder's own time."""
+    return sorted(library.entries(), key=lambda e: e.path.stat().st_mtime, reverse=True)
+
+
 def filter_choices() -> list[Any]:
     """What there is to choose from, for each filter."""
-    facts = [facts_of(entry) for entry in library.entries()]
+    facts = [facts_of(entry) for entry in _newest_first()]
     listed = [sorted({str(f[key]) for f in facts if f[key]}) for key in FILTERS]
     return [gr.update(choices=[("all", ""), *((value, value) for value in values)]) for values in listed]
 
