@@ -158,8 +158,7 @@ def begin(page, name, pictures):
     page.wait_for_selector(".run-head")
 
 
-# One walk over all pages, each step on what the one before has left; many minutes on two cores.
-walk = pytest.mark.slow
+# From here on each step stands on what the one before has left.
 
 
 def test_a_page_is_there_while_the_server_starts_and_gives_way(server, browser):
@@ -177,7 +176,6 @@ def test_a_page_is_there_while_the_server_starts_and_gives_way(server, browser):
     assert server.wait() == 200
 
 
-@walk
 def test_a_training_survives_refresh_kill_and_stop_and_ends_in_the_library(server, tab):
     server.wait()
     page = tab()
@@ -231,7 +229,6 @@ def second_concept(server, tmp_path_factory):
     return path
 
 
-@walk
 def test_the_library_takes_files_in_refuses_broken_ones_brings_back_and_exports_with_proof(server, tab, second_concept):
     page = tab("library")
     page.locator(".card", has_text="bobo").wait_for()
@@ -258,7 +255,6 @@ def test_the_library_takes_files_in_refuses_broken_ones_brings_back_and_exports_
     assert [path.name for path in (server.home / "library").glob("*.safetensors")].count("dodo.safetensors") == 1
 
 
-@walk
 def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     page = tab("generate")
     page.wait_for_selector("textarea.prompt")
@@ -308,7 +304,6 @@ def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     assert fresh.locator(".grid thead th").all_inner_texts() == ["no adapter", "strength 0.5", "strength 1"]
 
 
-@walk
 def test_two_concepts_are_merged_compared_and_kept(server, tab):
     page = tab("merge")
     for name in ("bobo", "dodo"):
@@ -327,7 +322,6 @@ def test_two_concepts_are_merged_compared_and_kept(server, tab):
 SERIOUS = ("serious", "critical")
 
 
-@walk
 def test_each_page_is_for_everybody_in_light_and_dark_and_fits_a_phone(server, tab):
     script = (Path(axe.__file__).parent / "axe.min.js").read_text()
     page, found = tab(), {}

@@ -37,7 +37,7 @@ def train_args(pictures, tiny_base_folder, tmp_path):
         "train", "--preset", "subject", "--base", tiny_base_folder, "--data", pictures, "--run", tmp_path / "run",
         "--steps", 3, "--set", "sample_steps=2", "--set", "sample_every=3", "--set", "data.prior.pictures=0",
         "--set", "method.target_modules=[attention]", "--set", "learned_words=0", "--set", "mixed_precision=no",
-        "--set", "batch_size=2",
+        "--set", "batch_size=2", "--set", "export=[]",
     ]  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def test_lists_are_json_too(studio, command):
 
 
 def test_check_reports_data_memory_and_export_and_leaves_nothing(studio, train_args, tmp_path, pictures):
-    arguments = ["check", *train_args[1:]]
+    arguments = ["check", *train_args[1:-1], "export=[diffusers]"]
     for option in ("--run", "--steps"):
         at = arguments.index(option)
         del arguments[at : at + 2]

@@ -1,10 +1,11 @@
 """Exports in the hands of a stranger: diffusers alone, in a fresh process, draws the picture that the studio draws."""
 
+import json
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -18,15 +19,16 @@ from studio.method import method_from
 from studio.paths import assets_dir
 
 PROGRAM = """
+import json
 import sys
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-kind, base, lora, prompt, out, *guidance = sys.argv[1:]
 torch.set_num_threads(1)
-pipe = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_pretrained(base)
-pipe.load_lora_weights(lora)
-options = {"guidance_scale": float(guidance[0])} if guidance else {}
-pipe(prompt, generator=torch.Generator("cpu").manual_seed(7), num_inference_steps=4, **options).images[0].save(out)
+for kind, base, lora, prompt, out, guidance in json.loads(sys.argv[1]):
+    pipe = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_pretrained(base)
+    pipe.load_lora_weights(lora)
+    options = {"guidance_scale": guidance} if guidance else {}
+    pipe(prompt, generator=torch.Generator("cpu").manual_seed(7), num_inference_steps=4, **options).images[0].save(out)
 assert not [name for name in sys.modules if name.split(".")[0] in ("studio", "trainers")]
 """
 METHODS = {
@@ -52,35 +54,23 @@ def strong_adapter(base, config):
     return adapter
 
 
-@pytest.mark.parametrize("config", METHODS.values(), ids=list(METHODS))
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_plain_diffusers_draws_the_picture_that_the_studio_draws(kind, config, tmp_path):
-    folder = assets_dir() / "bases" / "sticker"
-    if kind == "sdxl":
-        folder = tmp_path / "sdxl"
-        StableDiffusionXL.tiny().pipe.save_pretrained(folder)
-    base = load_base(str(folder))
-    adapter = strong_adapter(base, config)
-    report = export_adapter(adapter, base, "diffusers", tmp_path / "lora")
-    assert report.to_dict()["status"] == "exact"
-    request = Request(["a dog"], [7], steps=4)
-    alone = np.asarray(base.generate(request)[0]).astype(int)
-    with wearing(base, [Use("x", adapter)]):
-        ours = np.asarray(base.generate(request)[0]).astype(int)
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        PROGRAM,
-        kind,
-        str(folder),
-        str(tmp_path / "lora"),
-        "a dog",
-        str(tmp_path / "theirs.png"),
-        *([str(base.guidance)] if base.guidance is not None else []),
-    ]
+def test_plain_diffusers_draws_the_pictures_that_the_studio_draws(tmp_path):
+    StableDiffusionXL.tiny().pipe.save_pretrained(tmp_path / "sdxl")
+    folders = {"sd": assets_dir() / "bases" / "sticker", "sdxl": tmp_path / "sdxl"}
+    drawn, orders = {}, []
+    for (kind, folder), (name, config) in product(folders.items(), METHODS.items()):
+        base, lora = load_base(str(folder)), tmp_path / f"{kind}-{name}"
+        adapter = strong_adapter(base, config)
+        assert export_adapter(adapter, base, "diffusers", lora).to_dict()["status"] == "exact"
+        request = Request(["a dog"], [7], steps=4)
+        alone = base.generate(request)[0]
+        with wearing(base, [Use("x", adapter)]):
+            drawn[f"{lora}.png"] = alone, base.generate(request)[0]
+        orders.append([kind, str(folder), str(lora), "a dog", f"{lora}.png", base.guidance])
+    command = [sys.executable, "-P", "-c", PROGRAM, json.dumps(orders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs = np.asarray(Image.open(tmp_path / "theirs.png")).astype(int)
-    assert np.abs(ours - theirs).max() <= 1
-    assert np.abs(ours - alone).mean() > 2
+    for path, (alone, ours) in drawn.items():
+        alone, ours, theirs = (np.asarray(picture).astype(int) for picture in (alone, ours, Image.open(path)))
+        assert np.abs(ours - theirs).max() <= 1, path
+        assert np.abs(ours - alone).mean() > 2, path
