@@ -130,12 +130,12 @@ def test_what_layers_see_decides_over_a_sum_and_directions_only_where_that_is_un
     assert math.isclose(apart.row("all", apart.total)["smallest_angle_degrees"], 90, abs_tol=0.1)
     for number, path in enumerate(slots):
         with_sketches(path, 100 * number)
-    assert "--strategy gram" in survey(opened(slots)).verdict[0]  # inputs have a part in both directions
+    assert "by gram" in survey(opened(slots)).verdict[0]  # inputs have a part in both directions
     free = [trained(tmp_path / f"f{seed}.safetensors", seed, targets=("attention",)) for seed in (1, 2)]
     assert "--calibrate" in survey(opened(free)).verdict[1]
     for number, path in enumerate(free):
         with_sketches(path, 100 * number)
-    assert "--strategy gram" in survey(opened(free)).verdict[0]
+    assert "by gram" in survey(opened(free)).verdict[0]
 
 
 def test_the_drift_of_the_base_is_measured_against_its_own_outputs(tmp_path, tiny_base_folder):

@@ -29,8 +29,8 @@ def _by_crosstalk(worst: float, words: str, overlap: float) -> str:
     if worst < FAINT:
         return f"They barely disturb each other: {words}. A plain sum will do (input overlap {overlap:.2g})."
     if worst < CLEAR:
-        return f"They disturb each other noticeably: {words}. Merge them with --strategy gram."
-    return f"They disturb each other strongly: {words}. A plain sum will mix them; merge with --strategy gram."
+        return f"They disturb each other noticeably: {words}. Merge them by gram, as auto does."
+    return f"They disturb each other strongly: {words}. A plain sum will mix them; merge them by gram, as auto does."
 
 
 def _by_overlap(overlap: float, pair: str) -> str:

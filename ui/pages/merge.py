@@ -233,7 +233,7 @@ def interference_of(facts: dict[str, Any], page: Path) -> str:
     """The verdict in words, a heat map for each measure, the parts of the model, and the whole report."""
     names = [adapter["name"] for adapter in facts["adapters"]]
     verdict = "".join(
-        pieces.say(line, "bad" if "disturb each other" in line else "good" if n == 0 else "")
+        pieces.say(line, "bad" if line.startswith("They disturb") else "good" if n == 0 else "")
         for n, line in enumerate(facts["verdict"])
     )
     findings = "".join(f"<li>{pieces.text(line)}</li>" for line in facts["findings"])
