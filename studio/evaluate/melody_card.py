@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
 from studio.data.melodies.cycles import TEMPI
-from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo
+from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo, unaccented
 from studio.data.melodies.modes import MODES, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
@@ -169,7 +169,7 @@ def measure_prompts(
         key = ("rendered", seed, number)
         truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
         if number < SHOWN:
-            shown.append((prompt, sound.wave.mean(0).numpy(), truth.wave[0].numpy()))
+            shown.append((unaccented(prompt), sound.wave.mean(0).numpy(), truth.wave[0].numpy()))
         asked.append(fields)
         played.append(listen(sound.wave.mean(0).numpy(), base.sample_rate_hz, judge))
         rendered.append(listen(truth.wave[0].numpy(), base.sample_rate_hz, judge))
