@@ -278,7 +278,7 @@ def bases(as_json: Json = False) -> None:
         print_json(rows)
         return
     shown = [{**row, "bytes": file_size(row["bytes"]) if row["bytes"] else ""} for row in rows]
-    print_table([*rows[0]], [list(row.values()) for row in shown])
+    print_table([*rows[0]], [list(row.values()) for row in shown], "family")
 
 
 @app.command()

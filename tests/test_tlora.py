@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -615,7 +616,7 @@ def test_a_ring_transform_is_exact_as_dense_deltas_and_as_a_checkpoint(tmp_path)
         torch.testing.assert_close(merged.get_submodule(s.path).weight, s.module.weight + delta, rtol=1e-6, atol=1e-6)
 
 
-MERGED = PROGRAM.replace("pipe.load_lora_weights(lora)\n", "assert not lora\n")
+MERGED = PROGRAM.replace("pipe.load_lora_weights(lora)", "assert not lora")
 
 
 @pytest.mark.parametrize("to", ["diffusers", "checkpoint"])
@@ -631,7 +632,8 @@ def test_plain_diffusers_in_a_fresh_process_draws_the_studios_picture(to, tmp_pa
     with wearing(base, [Use("x", adapter)]):
         ours = np.asarray(base.generate(request)[0]).astype(int)
     program, where, lora = (PROGRAM, folder, tmp_path / "out") if to == "diffusers" else (MERGED, tmp_path / "out", "")
-    command = [sys.executable, "-P", "-c", program, "sd", str(where), str(lora), "a dog", str(tmp_path / "theirs.png")]
+    order = ["sd", str(where), str(lora), "a dog", str(tmp_path / "theirs.png"), None]
+    command = [sys.executable, "-P", "-c", program, json.dumps([order])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = np.asarray(Image.open(tmp_path / "theirs.png")).astype(int)

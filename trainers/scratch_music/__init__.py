@@ -14,6 +14,7 @@ from pydantic import Field
 
 from studio.bases.melody import build_melody
 from studio.bases.mustango.building import melody_diffusion
+from studio.bases.quiet import quiet_libraries
 from studio.bases.registry import load_base
 from studio.data.melodies.fields import vocabulary
 from studio.errors import BaseError, PresetError
@@ -64,6 +65,7 @@ class ScratchMusic(Method):
         """The networks to begin with: random, or those of `init_from`. Raises PresetError, BaseError."""
         if preset.base not in BLUEPRINTS:
             raise PresetError(f"there is no blueprint of a base '{preset.base}'", f"there are: {', '.join(BLUEPRINTS)}")
+        quiet_libraries()
         base = BLUEPRINTS[preset.base](preset.seed)
         if strange := next((name for name in self.fresh if name not in PARTS[preset.base]), None):
             known = ", ".join(PARTS[preset.base])
