@@ -24,10 +24,7 @@ pytest.importorskip("gradio", reason="the browser pages need gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
 axe = pytest.importorskip("axe_playwright_python", reason="pip install '.[browser]'")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found: apt-get install chromium"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found: apt-get install chromium")
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "assets" / "examples" / "mascot"
