@@ -252,7 +252,6 @@ def test_the_library_takes_files_in_refuses_broken_ones_brings_back_and_exports_
     assert [path.name for path in (server.home / "library").glob("*.safetensors")].count("dodo.safetensors") == 1
 
 
-@pytest.mark.slow  # alone it passes; beside other tests a step of it once waited in vain
 def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     page = tab("generate")
     page.wait_for_selector("textarea.prompt")

@@ -801,6 +801,14 @@ def test_text_from_outside_is_never_markup(finished_run):
     )  # fmt: skip
 
 
+def test_what_a_page_does_when_opened_happens_once_and_never_over_what_was_typed(home):
+    from ui.app import build
+
+    opened = [fn.targets for fn in build().fns.values() if "load" in {event for _, event in fn.targets}]
+    assert opened
+    assert all(len(targets) == 1 for targets in opened)
+
+
 def test_five_hundred_adapters_and_two_hundred_runs_are_listed_in_a_second(adapter_file, home):
     from studio.cards import read_card
 

@@ -6,6 +6,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from gradio.context import Context
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,16 @@ class Page:
     path: str
     order: int
     build: Callable[[], None]
+
+
+def opened_page() -> Any:
+    """The event that a page was opened, for `gr.on`, inside `build`.
+
+    `gr.on(None, ...)` would run at each change of its inputs, too: a form that gave the browser its draft's name was
+    made a second time, over what had been typed into the first.
+    """
+    assert Context.root_block is not None
+    return Context.root_block.load
 
 
 def pages() -> list[Page]:

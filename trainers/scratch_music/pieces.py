@@ -42,6 +42,8 @@ class MusicTask(Task):
     def prepare(self) -> Iterator[Event]:
         for done in self.pool.fill():
             yield Event("progress", 0, {"what": "playing pieces", "done": done, "total": self.pool.size})
+        for text in self.pool.cache.warnings if self.pool.cache else ():
+            yield Event("warning", 0, {"text": text})
 
     def _networks(self) -> dict[str, Any]:
         """What is trained, by name."""

@@ -13,7 +13,7 @@ from studio.jobs import Job
 from ui import live, pieces
 from ui.errors import plain
 from ui.evaluations import card_folder, card_of, evaluate, evaluated, evaluation_jobs
-from ui.registry import Page
+from ui.registry import Page, opened_page
 
 COMPARED = 6
 JOBS_SHOWN = 5
@@ -162,7 +162,7 @@ def build() -> None:
     chosen.change(side_by_side, chosen, table, **quiet)
     go.click(begin, [name, steps], [waiting, seen], show_progress="minimal", api_name="evaluate")
     gr.Timer(live.SECONDS).tick(follow, [seen, chosen], [waiting, seen, chosen, table], **quiet)
-    gr.on(None, restore, None, [chosen, table, name, waiting, seen], **quiet)
+    gr.on(opened_page(), restore, None, [chosen, table, name, waiting, seen], **quiet)
 
 
 PAGE = Page("Compare", "compare", 38, build)

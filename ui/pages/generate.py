@@ -19,7 +19,7 @@ from ui.draft import ENDINGS as UPLOADS
 from ui.draft import draft_of
 from ui.errors import plain, said
 from ui.order import Order, order_of
-from ui.registry import Page
+from ui.registry import Page, opened_page
 from ui.sweep import Sweep, sweep_of
 
 ENGINE = Engine()
@@ -266,7 +266,7 @@ def build() -> None:
         own = draft_of(name)  # one for all tabs, also if the browser has none yet
         return [own.name, *(part for m in media for part in (form_of(order_of(own, m)), shelf_of(m)))]
 
-    gr.on(None, opened, draft, [draft, *parts], show_progress="hidden", api_visibility="private")
+    gr.on(opened_page(), opened, draft, [draft, *parts], show_progress="hidden", api_visibility="private")
 
 
 PAGE = Page("Generate", "generate", 40, build)

@@ -22,7 +22,7 @@ from ui.commands import ask
 from ui.draft import draft_of
 from ui.errors import plain, sentence
 from ui.evaluations import card_of
-from ui.registry import Page
+from ui.registry import Page, opened_page
 
 A_PAGE = 24
 FORMATS = [
@@ -290,7 +290,7 @@ def build() -> None:
     )  # fmt: skip
     page.release(lambda c, s, p, *f: cards(s, int(p) - 1, c, *f), [chosen, *place], grid, **quiet)
     gr.on(
-        None, lambda s: [cards(s, 0, ""), pager(s, 0), details(""), *filter_choices()], search,
+        opened_page(), lambda: [cards("", 0, ""), pager("", 0), details(""), *filter_choices()], None,
         [grid, page, facts, *filters], **quiet,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from ui.commands import ask
 from ui.errors import plain
 from ui.form import Field
 from ui.pages import generate
-from ui.registry import Page
+from ui.registry import Page, opened_page
 
 MOST_CONCEPTS = 6
 MOST_PROMPTS = 6
@@ -396,8 +396,8 @@ def build() -> None:
     strategy.input(lambda s: [gr.update(visible=known == s) for known in groups], strategy, [*groups.values()], **quiet)
     save_button.click(save, [name, kept], saved, api_name="save_merge", show_progress="minimal")
     without.click(teach_examples, None, without, **quiet)
-    gr.on(None, lacking, None, without, **quiet)
-    gr.on(None, restore, kept, [names, report, sheet, name, prompts, *weights], **quiet)
+    gr.on(opened_page(), lacking, None, without, **quiet)
+    gr.on(opened_page(), restore, kept, [names, report, sheet, name, prompts, *weights], **quiet)
 
 
 PAGE = Page("Merge", "merge", 35, build)

@@ -9,7 +9,7 @@ import gradio as gr
 from studio.curves import Curve, loss_curves
 from studio.trace import trace_of
 from ui import live, pieces
-from ui.registry import Page
+from ui.registry import Page, opened_page
 
 SHOWN = 200
 COMPARED = 6
@@ -77,7 +77,7 @@ def build() -> None:
     chosen.change(runs_table, chosen, table, **quiet)
     gr.Timer(10).tick(runs_table, chosen, table, **quiet)
     gr.on([several.change, weight.release, logarithmic.input], compare, [several, weight, logarithmic], curves, **quiet)
-    gr.on(None, restore, None, [table, chosen, several, curves], **quiet)
+    gr.on(opened_page(), restore, None, [table, chosen, several, curves], **quiet)
 
 
 PAGE = Page("Runs", "runs", 20, build)

@@ -16,7 +16,7 @@ from studio.schemas import schemas
 from ui import pieces
 from ui.commands import ask
 from ui.errors import plain
-from ui.registry import Page
+from ui.registry import Page, opened_page
 
 PLACES = {
     "runs": "trainings: settings, events, samples, checkpoints", "library": "finished adapters",
@@ -87,8 +87,8 @@ def build() -> None:
     with gr.Column(elem_classes="section"):
         gr.HTML("<h2 class='step'>Licences</h2>")
         terms = gr.HTML()
-    gr.on(None, lambda: [storage(), licences()], None, [space, terms], **quiet)
-    gr.on(None, doctor, None, parts, **quiet)
+    gr.on(opened_page(), lambda: [storage(), licences()], None, [space, terms], **quiet)
+    gr.on(opened_page(), doctor, None, parts, **quiet)
     again.click(doctor, None, parts, **quiet)
 
 

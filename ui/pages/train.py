@@ -18,7 +18,7 @@ from ui.commands import ask
 from ui.draft import ENDINGS, NOUNS, Draft, draft_of
 from ui.errors import plain, said, sentence
 from ui.estimate import estimate, remember_check
-from ui.registry import Page
+from ui.registry import Page, opened_page
 
 
 def preset_cards(chosen: str) -> str:
@@ -328,7 +328,7 @@ def build() -> None:
     form.input(edit, draft, [form, ahead, as_yaml], **quiet, **pieces.IN_TURN)
     form.click(act, draft, [report, shown, tabs, chosen], **quiet, trigger_mode="multiple")
     as_yaml.click(use_yaml, draft, [form, ahead, as_yaml], **quiet)
-    gr.on(None, restore, draft, [draft, report, tabs, chosen, *settled], **quiet)
+    gr.on(opened_page(), restore, draft, [draft, report, tabs, chosen, *settled], **quiet)
     seen = gr.State(None)
     gr.Timer(live.SECONDS).tick(live.queue_table, seen, [queue, seen], **quiet)
     queue.click(live.queue_action, None, [queue, seen], **quiet)

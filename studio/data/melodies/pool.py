@@ -41,10 +41,15 @@ class MelodyPool:
         self.rows: list[Tensor] = [torch.empty(0)] * size
 
     def fill(self) -> Iterator[int]:
-        """Draws the first filling, or takes it from the cache; yields how many rows there are by now."""
+        """Takes the first filling from the cache, drawing what it lacks; yields how many rows there are by now.
+
+        Without a cache there is nothing to do ahead: a resumed run may need none of these rows.
+        """
+        if self.cache is None:
+            return
         for start in range(0, self.size, CHUNK):
             yield start
-            self._fill_first(range(start, min(start + CHUNK, self.size)))
+            self._fill_first(self.cache, range(start, min(start + CHUNK, self.size)))
 
     def batch(self, step: int, micro: int, slots: range) -> tuple[Tensor, list[str]]:
         """Rows (B, ...) and captions of the samples in these slots of a step."""
@@ -69,12 +74,12 @@ class MelodyPool:
         for i, row, caption, version in zip(where, rows, captions, versions, strict=True):
             self.rows[i], self.captions[i], self.versions[i] = row, caption, version
 
-    def _fill_first(self, block: range) -> None:
+    def _fill_first(self, cache: Cache, block: range) -> None:
         def compute() -> dict[str, Tensor]:
             rows, captions = self._made([(self.seed, i, 0) for i in block])
             return {"rows": rows, "captions": torch.tensor(list("\n".join(captions).encode()), dtype=torch.uint8)}
 
         key = f"melodies|{self.source}|{self.seed}|{block.start}-{block.stop}"
-        found = self.cache.get(key, compute) if self.cache else compute()
+        found = cache.get(key, compute)
         captions = bytes(found["captions"].tolist()).decode().split("\n")
         self._put(block, found["rows"], captions, [0] * len(block))
