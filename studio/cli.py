@@ -61,6 +61,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter. Example: studio train --preset subject --data photos/ --name my-cat"""
+    if not resume:
+        _known_preset(preset)
     from studio.training import Order, plan, plan_resume
 
     if resume:
@@ -74,8 +76,6 @@ def train(
         with CountProgress("looking through pictures", 0) as looking:
             training = plan_resume(run, looking.show)
     else:
-        if not preset:
-            raise RequestError("train needs a preset", "for example --preset subject; 'studio presets' lists them")
         with CountProgress("looking through pictures", 0) as looking:
             training = plan(
                 Order(preset, data, base, method, name, run, tuple(settings or ()), steps, seed), looking.show
@@ -87,6 +87,15 @@ def train(
         with StopSignal() as stop:  # another process of the same training; the main one speaks for all
             for _ in training.events(stop):
                 pass
+
+
+def _known_preset(name: str) -> None:
+    """Raises for a name that is none before what trains is imported, which takes seconds."""
+    from studio.preset import read_preset
+
+    if not name:
+        raise RequestError("train needs a preset", "for example --preset subject; 'studio presets' lists them")
+    read_preset(name)
 
 
 def _announce(training: Any) -> None:

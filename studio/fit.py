@@ -99,102 +99,146 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Trains `task` and yields events until it is finished or asked to stop. Raises NonFiniteLoss, DiskError."""
-    checkpoint = run.newest_checkpoint() if resume else None
-    if checkpoint is not None:
-        task.restore(checkpoint)
-    groups = task.groups()
-    named = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    optimizer = _optimizer(groups, schedule, accelerator.device)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
-    ema = {name: p.detach().clone() for name, p in named.items()} if schedule.ema_decay else {}
-    state = _State(named, optimizer, ema, scaler, schedule, task.updated)
-    main = accelerator.is_main_process
+    loop = _Loop(task, schedule, run, accelerator, run.newest_checkpoint() if resume else None)
     started_at = time.monotonic()
     done = False
-
-    # -- begin, or go on from the newest checkpoint
-    step = 0
-    if checkpoint is not None:
-        step = state.load(checkpoint)
-        yield Event("resumed", step, {"from_step": step})
-    else:
-        yield Event(
-            "started", 0, {"steps": schedule.steps, "trained_parameters": sum(p.numel() for p in named.values())}
-        )
-        if main and schedule.sample_every:
-            yield from _undisturbed(task.draw_samples, 0)
-    window = _Window(schedule.batch_size * schedule.gradient_accumulation_steps * accelerator.num_processes)
-
+    yield from loop.begin()
     try:
-        while step < schedule.steps:
-            # -- requests
+        while loop.step < schedule.steps:
             if _any_process(accelerator, should_stop() or run.requested("stop")):
-                yield from _checkpoint(task, state, run, step, schedule, main)
+                yield from loop.checkpoint()
                 done = True
-                yield Event("stopped", step, {"steps": schedule.steps})
+                yield Event("stopped", loop.step, {"steps": schedule.steps})
                 return
-
-            # -- gradients: summed over micro-batches, then over processes
-            for name, (smaller, kept) in task.reselect(step).items():
-                state.shrink(name, smaller, kept)
-            parameters = list(named.values())
-            learning_rate = schedule.learning_rate_at(step)
-            for group, settings in zip(groups, optimizer.param_groups, strict=True):
-                settings["lr"] = learning_rate * group.learning_rate_factor
-            loss = 0.0
-            for micro in range(schedule.gradient_accumulation_steps):
-                slots = _own_slots(schedule.batch_size, accelerator)
-                torch.manual_seed(key_of(schedule.seed, "stream", step, micro, accelerator.process_index))
-                with accelerator.autocast():
-                    losses = task.losses(step, micro, slots)
-                part = losses.float().sum() / (window.batch_size)
-                if not torch.isfinite(part):
-                    raise _non_finite("loss", task, step, micro, slots, accelerator)
-                scaler.scale(part).backward()
-                loss += part.item()
-            loss = _reduce_gradients(parameters, loss, accelerator)
-            if step == 0:
-                task.check_first_step()
-
-            # -- update
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm or math.inf)
-            if not torch.isfinite(norm) and not scaler.is_enabled():
-                raise _non_finite("gradient", task, step, 0, _own_slots(schedule.batch_size, accelerator), accelerator)
-            task.penalise(step)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if ema:
-                _update_ema(ema, named, schedule.ema_decay, step)
-            task.updated()
-            step += 1
-            yield Event("step", step, window.figures(loss, learning_rate, float(norm)))
-
-            # -- what happens now and then
-            if schedule.validate_every and (step % schedule.validate_every == 0 or step == schedule.steps):
-                with state.averaged():
-                    value = _undisturbed_value(task.validation_loss)
-                if value is not None:
-                    yield Event("validation", step, {"loss": value})
-            due = schedule.sample_every and (step % schedule.sample_every == 0 or step == schedule.steps)
-            if main and (run.requested("sample") or due):
-                with state.averaged():
-                    yield from _undisturbed(task.draw_samples, step)
-            if step % schedule.checkpoint_every == 0 and step < schedule.steps:
-                yield from _checkpoint(task, state, run, step, schedule, main)
-            window.skip()  # what was drawn and saved does not count as training time
-
-        # -- end
-        yield from _checkpoint(task, state, run, step, schedule, main)
-        if ema:
-            _copy_values(ema, named)
-            task.updated()
+            yield loop.advance()
+            yield from loop.look_up()
+        yield from loop.checkpoint()
+        loop.keep_averages()
         done = True
-        yield Event("finished", step, {"seconds": round(time.monotonic() - started_at, 3)})
+        yield Event("finished", loop.step, {"seconds": round(time.monotonic() - started_at, 3)})
     finally:
         if not done:
             _leave(accelerator)
+
+
+class _Loop:
+    """One training under way: what `fit` does, in parts. Steps are counted from 0 while made, from 1 once made."""
+
+    def __init__(
+        self, task: Task, schedule: Schedule, run: Run, accelerator: Accelerator, checkpoint: Path | None
+    ) -> None:
+        self.task, self.schedule, self.run, self.accelerator = task, schedule, run, accelerator
+        self.from_checkpoint = checkpoint
+        if checkpoint is not None:
+            task.restore(checkpoint)
+        self.groups = task.groups()
+        self.named = {name: parameter for group in self.groups for name, parameter in group.parameters.items()}
+        self.optimizer = _optimizer(self.groups, schedule, accelerator.device)
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
+        self.ema = {name: p.detach().clone() for name, p in self.named.items()} if schedule.ema_decay else {}
+        self.state = _State(self.named, self.optimizer, self.ema, self.scaler, schedule, task.updated)
+        self.main = accelerator.is_main_process
+        self.step = 0
+        self.batch_size = schedule.batch_size * schedule.gradient_accumulation_steps * accelerator.num_processes
+        self.window = _Window(self.batch_size)
+
+    def begin(self) -> Iterator[Event]:
+        """Begins, or goes on from the checkpoint."""
+        if self.from_checkpoint is not None:
+            self.step = self.state.load(self.from_checkpoint)
+            yield Event("resumed", self.step, {"from_step": self.step})
+        else:
+            trained = sum(p.numel() for p in self.named.values())
+            yield Event("started", 0, {"steps": self.schedule.steps, "trained_parameters": trained})
+            if self.main and self.schedule.sample_every:
+                yield from _undisturbed(self.task.draw_samples, 0)
+        self.window.skip()
+
+    def advance(self) -> Event:
+        """One step of the optimizer."""
+        for name, (smaller, kept) in self.task.reselect(self.step).items():
+            self.state.shrink(name, smaller, kept)
+        learning_rate = self.schedule.learning_rate_at(self.step)
+        for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
+            settings["lr"] = learning_rate * group.learning_rate_factor
+        loss = self._gradients()
+        norm = self._update()
+        self.step += 1
+        return Event("step", self.step, self.window.figures(loss, learning_rate, norm))
+
+    def _gradients(self) -> float:
+        """Sums gradients over micro-batches, then over processes, and returns the loss."""
+        loss = 0.0
+        slots = _own_slots(self.schedule.batch_size, self.accelerator)
+        for micro in range(self.schedule.gradient_accumulation_steps):
+            torch.manual_seed(key_of(self.schedule.seed, "stream", self.step, micro, self.accelerator.process_index))
+            with self.accelerator.autocast():
+                losses = self.task.losses(self.step, micro, slots)
+            part = losses.float().sum() / self.batch_size
+            if not torch.isfinite(part):
+                raise self._non_finite("loss", micro)
+            self.scaler.scale(part).backward()
+            loss += part.item()
+        loss = _reduce_gradients(list(self.named.values()), loss, self.accelerator)
+        if self.step == 0:
+            self.task.check_first_step()
+        return loss
+
+    def _update(self) -> float:
+        """Changes the trained values, and returns the norm of the gradient before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), self.schedule.max_grad_norm or math.inf)
+        if not torch.isfinite(norm) and not self.scaler.is_enabled():
+            raise self._non_finite("gradient", 0)
+        self.task.penalise(self.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            _update_ema(self.ema, self.named, self.schedule.ema_decay, self.step)
+        self.task.updated()
+        return float(norm)
+
+    def look_up(self) -> Iterator[Event]:
+        """What happens now and then, after a step: validation, samples, a checkpoint."""
+        schedule, last = self.schedule, self.step == self.schedule.steps
+        if schedule.validate_every and (self.step % schedule.validate_every == 0 or last):
+            with self.state.averaged():
+                value = _undisturbed_value(self.task.validation_loss)
+            if value is not None:
+                yield Event("validation", self.step, {"loss": value})
+        due = schedule.sample_every and (self.step % schedule.sample_every == 0 or last)
+        if self.main and (self.run.requested("sample") or due):
+            with self.state.averaged():
+                yield from _undisturbed(self.task.draw_samples, self.step)
+        if self.step % schedule.checkpoint_every == 0 and not last:
+            yield from self.checkpoint()
+        self.window.skip()  # what was drawn and saved does not count as training time
+
+    def checkpoint(self) -> Iterator[Event]:
+        if not self.main:
+            return
+        partial = self.run.begin_checkpoint(self.step)
+        with self.state.averaged():
+            self.task.save(partial, self.step)
+        self.state.save(partial, self.step)
+        final = self.run.commit_checkpoint(partial, self.step, self.schedule.checkpoints_kept)
+        yield Event("checkpoint", self.step, {"path": str(final.relative_to(self.run.folder))})
+
+    def keep_averages(self) -> None:
+        """Leaves the averaged values in the task, if there are any."""
+        if self.ema:
+            _copy_values(self.ema, self.named)
+            self.task.updated()
+
+    def _non_finite(self, what: str, micro: int) -> NonFiniteLoss:
+        slots = _own_slots(self.schedule.batch_size, self.accelerator)
+        return NonFiniteLoss(
+            f"the {what} is not finite at step {self.step + 1}, in {self.accelerator.mixed_precision} precision: "
+            + self.task.describe(self.step, micro, slots),
+            hint="the last checkpoint is good: lower learning_rate, or set mixed_precision to 'no' or 'bf16', "
+            "then resume",
+        )
 
 
 # -- state -----------------------------------------------------------------------------------------------------
@@ -283,17 +327,6 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"the checkpoint '{folder}' is damaged (state.json or state.safetensors): {error}",
             hint="remove that folder; the run then resumes from the checkpoint before it",
         ) from None
-
-
-def _checkpoint(task: Task, state: _State, run: Run, step: int, schedule: Schedule, main: bool) -> Iterator[Event]:
-    if not main:
-        return
-    partial = run.begin_checkpoint(step)
-    with state.averaged():
-        task.save(partial, step)
-    state.save(partial, step)
-    final = run.commit_checkpoint(partial, step, schedule.checkpoints_kept)
-    yield Event("checkpoint", step, {"path": str(final.relative_to(run.folder))})
 
 
 @torch.no_grad()
@@ -397,11 +430,3 @@ def _undisturbed(draw: Callable[[int], Iterator[Event]], step: int) -> Iterator[
 def _undisturbed_value(compute: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(), torch.no_grad():
         return compute()
-
-
-def _non_finite(what: str, task: Task, step: int, micro: int, slots: range, accelerator: Accelerator) -> NonFiniteLoss:
-    return NonFiniteLoss(
-        f"the {what} is not finite at step {step + 1}, in {accelerator.mixed_precision} precision: "
-        + task.describe(step, micro, slots),
-        hint="the last checkpoint is good: lower learning_rate, or set mixed_precision to 'no' or 'bf16', then resume",
-    )
