@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from studio.base import Request
 from studio.bases.registry import families, load_base
 from studio.bases.sticker_video import alpha
+from studio.bases.sticker_video.detail import restored
 from studio.bases.sticker_video.family import StickerVideo
 from studio.errors import BaseError, RequestError
 
@@ -222,3 +223,47 @@ def test_pictures_survive_the_way_to_tensors_and_back():
     pictures = [drawing(i) for i in range(3)]
     again = alpha.to_pictures(alpha.to_tensor(pictures))
     assert [p.tobytes() for p in again] == [p.tobytes() for p in pictures]
+
+
+# -- what decoding loses of given frames ---------------------------------------------------------------------------
+
+
+def lossy(seed=0, frames=5):
+    """Frames as decoded, what they should be, and frames 0 and 3 known."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.rand(frames, 4, 6, 6, generator=generator) * 2 - 1
+    drawn = truth + 0.1 * torch.randn(frames, 4, 6, 6, generator=generator)
+    known = torch.zeros(frames, dtype=torch.bool)
+    known[[0, 3]] = True
+    return drawn, truth, known
+
+
+def test_what_was_lost_of_given_frames_comes_back_where_a_frame_looks_the_same():
+    drawn, truth, known = lossy()
+    drawn[1] = drawn[0]
+    drawn[4] = drawn[3]
+    found = restored(drawn, truth, known)
+    torch.testing.assert_close(found[known], truth[known])
+    torch.testing.assert_close(found[4], truth[3])  # beyond the last given frame, and the same: all of it
+    # Between two given frames both count by their nearness: frame 1 is two thirds of frame 0's.
+    far = (drawn[1] - drawn[3]).square().mean(0)
+    other = torch.exp(-far / (2 * 0.2**2)) * (truth[3] - drawn[3])
+    torch.testing.assert_close(found[1], drawn[1] + (2 * (truth[0] - drawn[0]) + other) / 3)
+
+
+def test_what_was_lost_stays_lost_where_a_frame_looks_otherwise_or_nothing_is_given():
+    drawn, truth, known = lossy()
+    drawn[2] = drawn[0] + 2
+    drawn[2, :, :3] = drawn[0, :, :3] - 2
+    found = restored(drawn, truth, known)
+    torch.testing.assert_close(found[2], drawn[2])
+    assert restored(drawn, truth, torch.zeros_like(known)) is drawn
+
+
+def test_frames_around_a_given_one_are_nearer_to_it_than_their_latents_are(base):
+    picture = drawing(1)
+    latents = base.pipe.encode_rgba(alpha.to_tensor([picture])).expand(3, -1, -1, -1)
+    plain = base.pipe.decode_rgba(latents)
+    better = base.pipe.decode_rgba(latents, {1: picture})
+    split = [torch.cat(alpha.split(x, 1.0), 1) for x in (alpha.to_tensor([picture] * 3), plain, better)]
+    assert (split[2] - split[0]).square().mean() < 1e-4 < (split[1] - split[0]).square().mean()

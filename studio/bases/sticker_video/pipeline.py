@@ -27,6 +27,7 @@ from torch import Tensor
 
 from studio.bases.sticker_video.alpha import fitted, join, split, to_pictures, to_tensor
 from studio.bases.sticker_video.conditioning import Anchor, ClipCondition, predicted
+from studio.bases.sticker_video.detail import restored
 from studio.bases.sticker_video.network import StickerUNet  # noqa: F401  diffusers loads only what is imported
 from studio.errors import RequestError
 
@@ -117,12 +118,22 @@ class StickerVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode_rgba(self, latents: Tensor) -> Tensor:
-        """RGBA (N, 4, H, W) of latents (N, Z, h, w); opaque where the network knows no alpha."""
+    def decode_rgba(self, latents: Tensor, given: Mapping[int, Image.Image] | None = None) -> Tensor:
+        """RGBA (N, 4, H, W) of latents (N, Z, h, w); opaque where the network knows no alpha.
+
+        `given` says which of these frames of one clip are known: what decoding loses of them is put back (detail.py).
+        """
         width = self.vae.config.latent_channels
         colour = self._decode(latents[:, :width])
         grey = self._decode(latents[:, width:]) if self.has_alpha else torch.ones_like(colour)
-        return join(colour.float(), grey.float(), self.config.ground)
+        parts = torch.cat([colour, grey], 1).float()
+        if given:
+            truth, known = torch.zeros_like(parts), torch.zeros(len(parts), dtype=torch.bool, device=parts.device)
+            colour, grey = split(to_tensor(list(given.values())).to(parts), self.config.ground)
+            truth[list(given)] = torch.cat([colour, grey if self.has_alpha else torch.ones_like(colour)], 1)
+            known[list(given)] = True
+            parts = restored(parts, truth, known)
+        return join(parts[:, :3], parts[:, 3:], self.config.ground)
 
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
@@ -300,7 +311,7 @@ class StickerVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         return torch.stack(noise).transpose(1, 2).to(device, self.unet.dtype)
 
     def _pictures(self, latents: Tensor, given: Mapping[int, Image.Image]) -> list[list[Image.Image]]:
-        clips = [to_pictures(self.decode_rgba(clip.transpose(0, 1))) for clip in latents]
+        clips = [to_pictures(self.decode_rgba(clip.transpose(0, 1), given)) for clip in latents]
         return [[given.get(index, frame) for index, frame in enumerate(clip)] for clip in clips]
 
 

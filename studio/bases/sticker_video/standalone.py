@@ -32,7 +32,10 @@ FORMS = ("package", "portable")
 HERE = "studio.bases.sticker_video"
 UNET_FILE, PIPELINE_FILE = "sticker_unet", "pipeline"
 #: Which modules become which file, in the order in which they need each other.
-BUNDLES = {f"unet/{UNET_FILE}.py": ("layers", "network"), f"{PIPELINE_FILE}.py": ("alpha", "conditioning", "pipeline")}
+BUNDLES = {
+    f"unet/{UNET_FILE}.py": ("layers", "network"),
+    f"{PIPELINE_FILE}.py": ("alpha", "conditioning", "detail", "pipeline"),
+}
 
 README = """---
 license: {licence}
