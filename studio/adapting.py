@@ -79,6 +79,19 @@ class AdapterTraining(Task):
     def processes(self) -> int:
         return max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
 
+    # -- held-out data -------------------------------------------------------------------------------------------
+
+    def validation_loss(self) -> float | None:
+        """The mean loss on what is held out, over noises and times that are the same each time."""
+        self._train_mode(False)
+        losses = list(self.held_out_losses())
+        self._train_mode(True)
+        return torch.cat(losses).mean().item() if losses else None
+
+    @abstractmethod
+    def held_out_losses(self) -> Iterator[Tensor]:
+        """The losses of held-out examples, (B,) each; nothing if nothing is held out."""
+
     # -- what the loop asks ------------------------------------------------------------------------------------
 
     @property

@@ -210,17 +210,10 @@ class AdapterTask(AdapterTraining):
         names = ", ".join(self.examples[batch[slot]].name for slot in slots)
         return f"pictures {names}, with the times of seed {self.preset.seed}, step {step + 1}"
 
-    def validation_loss(self) -> float | None:
-        if not self.held_out:
-            return None
-        self._train_mode(False)
-        values = [
-            self._losses([example], [("validation", self.preset.seed, example.name, draw)])
-            for example in self.held_out
-            for draw in range(VALIDATION_DRAWS)
-        ]
-        self._train_mode(True)
-        return torch.cat(values).mean().item()
+    def held_out_losses(self) -> Iterator[Tensor]:
+        for example in self.held_out:
+            for draw in range(VALIDATION_DRAWS):
+                yield self._losses([example], [("validation", self.preset.seed, example.name, draw)])
 
     def save_sample(self, work: Any, step: int, column: int, prompt: str) -> Event:
         return save_picture(self.run, work, step, column, prompt, column)

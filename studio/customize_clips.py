@@ -114,17 +114,10 @@ class ClipLesson(AdapterTraining):
         names = ", ".join(self.animations.clips[index].name for index in self._batch(step, micro, slots))
         return f"clips {names}, with the times of seed {self.preset.seed}, step {step + 1}"
 
-    def validation_loss(self) -> float | None:
-        if not self.held_out:
-            return None
-        self._train_mode(False)
-        values = [
-            self._losses([clip], [("validation", self.preset.seed, number, draw)])
-            for number, clip in enumerate(self.held_out)
-            for draw in range(VALIDATION_DRAWS)
-        ]
-        self._train_mode(True)
-        return torch.cat(values).mean().item()
+    def held_out_losses(self) -> Iterator[Tensor]:
+        for number, clip in enumerate(self.held_out):
+            for draw in range(VALIDATION_DRAWS):
+                yield self._losses([clip], [("validation", self.preset.seed, number, draw)])
 
     def sample_request(self, prompt: str, seed: int) -> Request:
         frames = min(self.preset.data.frames, self.base.max_frames)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from studio.errors import NonFiniteLoss, RequestError
+from studio.errors import NonFiniteLoss, PresetError, RequestError
 from studio.files import write_atomically
 from studio.keyed import key_of
 from studio.preset import Schedule
@@ -59,16 +59,18 @@ class Task(ABC):
         """The loss on held-out data at fixed noise, or None if nothing is held out."""
 
     @abstractmethod
-    def draw_samples(self, step: int) -> Iterator[Event]:
-        """Draws the sample pictures and yields a `sample` event for each."""
-
-    @abstractmethod
     def save(self, folder: Path, step: int) -> Path:
         """Writes what is trained, as the user would use it, and returns where."""
 
-    @abstractmethod
     def check_first_step(self) -> None:
         """Called after the first backward pass; raises if a part of what is trained was never reached."""
+        silent = [name for group in self.groups() for name, p in group.parameters.items() if p.grad is None]
+        if silent:
+            raise PresetError(f"no gradient reaches '{silent[0]}'")
+
+    def draw_samples(self, step: int) -> Iterator[Event]:
+        """Draws the sample pictures and yields a `sample` event for each."""
+        yield from ()
 
     # -- for tasks that do more than follow gradients ------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from studio.adapter import Card, new_adapter
 from studio.attachment import attach
 from studio.base import Request, same_values
+from studio.bases.halves import save_with_halves
 from studio.bases.registry import families, load_base
 from studio.bases.stable_diffusion import StableDiffusion
 from studio.bases.tiny import word_tokenizer
@@ -19,7 +20,6 @@ from studio.errors import AdapterError, BaseError, PresetError, RequestError
 from studio.method import method_from
 from studio.objective import Diffusion, FlowMatching
 from studio.preset import Preset
-from trainers.scratch import save_pipeline
 
 FAMILIES = {name: cls for name, cls in families().items() if cls.medium == "image"}
 PROMPT = "a photo of a cat"
@@ -422,5 +422,5 @@ def test_networks_taken_for_a_new_training_bring_their_tokenizer(tmp_path):
     assert begun.pipe.tokenizer.get_vocab() == base.pipe.tokenizer.get_vocab()
     state, own = begun.pipe.text_encoder.state_dict(), base.pipe.text_encoder.state_dict()
     assert all(torch.equal(state[name], own[name]) for name in own)
-    save_pipeline(begun, tmp_path / "saved")
+    save_with_halves(begun.pipe, tmp_path / "saved")
     assert not [file for file in (tmp_path / "saved").rglob("*.json") if str(tmp_path) in file.read_text()]

@@ -8,7 +8,7 @@ away at the end: the features then tell apart things that no network has seen.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from studio.fit import Group, Task
 from studio.keyed import numpy_generator, torch_generator
 from studio.method import Method, register
 from studio.preset import Preset
-from studio.run import Event, Run
+from studio.run import Run
 
 ATTRIBUTE_WEIGHT = 0.3  # of each head's loss against the glyph's
 
@@ -76,11 +76,6 @@ class JudgeTask(Task):
     def groups(self) -> list[Group]:
         return [Group(dict(self.judge.named_parameters()))]
 
-    def check_first_step(self) -> None:
-        silent = [name for name, p in self.judge.named_parameters() if p.grad is None]
-        if silent:
-            raise PresetError(f"no gradient reaches '{silent[0]}'")
-
     def describe(self, step: int, micro: int, slots: range) -> str:
         return f"stickers of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
 
@@ -118,9 +113,6 @@ class JudgeTask(Task):
         drawn = [draw_single(numpy_generator("judge validation", g.name), g, SIDE) for g in self.known]
         pixels = to_pixels([picture for picture, _ in drawn])
         return float(self._loss(pixels, [scene for _, scene in drawn], 0.0).detach().mean())
-
-    def draw_samples(self, step: int) -> Iterator[Event]:
-        yield from ()  # a judge draws nothing
 
     def save(self, folder: Path, step: int) -> Path:
         save_judge(self.judge, folder / "judge", len(self.known))

@@ -6,7 +6,6 @@ shifted, dimmed and blurred by itself, so that a flicker is not taken for a moti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from studio.fit import Group, Task
 from studio.keyed import torch_generator
 from studio.method import Method, register
 from studio.preset import Preset
-from studio.run import Event, Run
+from studio.run import Run
 
 RENDERED = 2 * SIDE  # renderings are made at this side and shrunk, as a base's clips are
 VALIDATION_CLIPS = 330
@@ -63,11 +62,6 @@ class MotionJudgeTask(Task):
     def groups(self) -> list[Group]:
         return [Group(dict(self.judge.named_parameters()))]
 
-    def check_first_step(self) -> None:
-        silent = [name for name, p in self.judge.named_parameters() if p.grad is None]
-        if silent:
-            raise PresetError(f"no gradient reaches '{silent[0]}'")
-
     def describe(self, step: int, micro: int, slots: range) -> str:
         return f"moving stickers of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
 
@@ -96,9 +90,6 @@ class MotionJudgeTask(Task):
             logits = self.judge(clips).float()
         self.judge.facts["right_on_held_out"] = float((logits.argmax(-1) == wanted).float().mean())
         return float(functional.cross_entropy(logits, wanted))
-
-    def draw_samples(self, step: int) -> Iterator[Event]:
-        yield from ()  # a judge draws nothing
 
     def save(self, folder: Path, step: int) -> Path:
         save_motion_judge(self.judge, folder / "judge")

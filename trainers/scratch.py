@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from studio.base import Request
-from studio.bases.folder import forget_origin
+from studio.bases.halves import save_with_halves
 from studio.bases.latent_diffusion import LatentDiffusion
 from studio.bases.registry import load_base
 from studio.bases.sticker import build_sticker
@@ -91,7 +91,7 @@ class _NetworkTask(Task):
         return f"stickers of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
 
     def save(self, folder: Path, step: int) -> Path:
-        save_pipeline(self.base, folder / "base")
+        save_with_halves(self.base.pipe, folder / "base")
         return folder / "base"
 
     def _validation_pictures(self) -> Tensor:
@@ -193,22 +193,3 @@ class DenoiserTask(_NetworkTask):
             for module in self.modules.values():
                 module.train()
             yield save_picture(self.run, picture, step, column, prompt, column)
-
-
-def save_pipeline(base: LatentDiffusion, folder: Path) -> None:
-    """Writes a pipeline that plain diffusers loads: fp16, but the text encoder in fp32.
-
-    transformers loads a text encoder in the dtype it was stored in and diffusers the rest in fp32, so a pipeline
-    stored in fp16 throughout fails at its first step on a CPU.
-    """
-    for name, part in base.pipe.components.items():
-        if part is None:
-            continue
-        if name in ("unet", "vae"):
-            own = {key: value.clone() for key, value in part.state_dict().items()}
-            part.half().save_pretrained(folder / name)
-            part.float().load_state_dict(own)
-        else:
-            part.save_pretrained(folder / name)
-    base.pipe.save_config(folder)
-    forget_origin(folder)

@@ -7,6 +7,7 @@ references among themselves.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -29,7 +30,7 @@ from studio.evaluate.judge import bundled_judge
 from studio.evaluate.metrics import FeatureMetric, JudgeMetric, Metric, PixelMetric, palette
 from studio.evaluate.protocol import Protocol, default_protocol, read_protocol
 from studio.evaluate.training_cost import run_of, training_cost
-from studio.generation import parse_use
+from studio.generation import Use, parse_use
 from studio.library import find
 from studio.paths import assets_dir, studio_home
 from studio.preset import read_preset
@@ -79,22 +80,37 @@ def evaluate(question: Question, base: Base, on_progress: Progress | None = None
     uses = [use, *beside]
     exhibit, warnings = draw_exhibit(base, uses, protocol, words, references, question.drawing, cache, on_progress)
     figures = measure(exhibit, metrics)
-    facts = {
-        "format": FORMAT_VERSION,
-        "adapter": use.name,
-        "weight": use.weight,
-        "beside": [{"adapter": other.name, "weight": other.weight} for other in beside],
-        "method": card.method,
+    told = {
         "base": base.name,
-        "trigger": card.trigger,
-        "train_seed": card.seed,
         "protocol": Path(name).stem,
         "seed": question.drawing.seed,
         "num_inference_steps": question.drawing.steps,
         "guidance_scale": question.drawing.guidance,
         "pictures": protocol.pictures,
         "references": len(references),
-        "figures": {key: round(value, 5) for key, value in figures.items()},
+    }
+    return Answer(card_of(uses, path, base, told, figures, began), exhibit, warnings)
+
+
+def card_of(
+    uses: Sequence[Use], path: Path, base: Any, told: dict[str, Any], figures: dict[str, float], began: float
+) -> dict[str, Any]:
+    """What every card has: who was measured, what is `told` of how, the figures, and what training and measuring cost.
+
+    The first of `uses` is measured, the others are worn beside it; `began` is on the monotonic clock.
+    """
+    use, *beside = uses
+    card = use.adapter.card
+    return {
+        "format": FORMAT_VERSION,
+        "adapter": use.name,
+        "weight": use.weight,
+        "beside": [{"adapter": other.name, "weight": other.weight} for other in beside],
+        "method": card.method,
+        "trigger": card.trigger,
+        "train_seed": card.seed,
+        **told,
+        "figures": {key: round(value, 5) for key, value in figures.items() if not math.isnan(value)},
         "training": {
             **training_cost(use.adapter, path),
             "num_total_params": sum(p.numel() for p in base.denoiser.parameters()),
@@ -102,7 +118,6 @@ def evaluate(question: Question, base: Base, on_progress: Progress | None = None
         "machine": machine(),
         "eval_time": round(time.monotonic() - began, 2),
     }
-    return Answer(facts, exhibit, warnings)
 
 
 def measure(exhibit: Exhibit, metrics: Sequence[Metric]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from studio.data.melodies.voices import VOICES
 from studio.data.sounds import Sound
 from studio.errors import DataError
 from studio.evaluate.beats import cycle_correlation, estimate_tempo, onset_envelope
-from studio.evaluate.card import FORMAT_VERSION, machine, recipe_of, trained_on
+from studio.evaluate.card import card_of, recipe_of, trained_on
 from studio.evaluate.frechet import embed, frechet_of, spread_of
 from studio.evaluate.lines import direction_kept, likeliest_tonic, notes_of, ornament_distance, weights_of
 from studio.evaluate.melody_card import tempo_fits
@@ -32,7 +32,6 @@ from studio.evaluate.pitch import PitchTrack, track_pitch
 from studio.evaluate.recital import Playing, Progress, Recital, Recording, play_recital, read_recordings
 from studio.evaluate.scales import in_scale_share, log_likelihood
 from studio.evaluate.timbre import TimbreJudge, timbre_features
-from studio.evaluate.training_cost import training_cost
 from studio.generation import parse_use, wearing
 from studio.keyed import torch_generator
 from studio.library import find
@@ -82,17 +81,10 @@ def evaluate_music(question: MusicQuestion, base: Any, on_progress: Progress | N
         from studio.evaluate.clap import clap_figures
 
         figures |= clap_figures(question.clap, recital)
-    facts = {
-        "format": FORMAT_VERSION,
-        "adapter": use.name,
-        "weight": use.weight,
-        "beside": [{"adapter": other.name, "weight": other.weight} for other in beside],
-        "method": card.method,
+    told = {
         "base": base.identity().name,  # no folders of the user's
         "licence": base.licence,
         "medium": "audio",
-        "trigger": card.trigger,
-        "train_seed": card.seed,
         "protocol": "captions of the recordings",
         "seed": playing.seed,
         "num_inference_steps": playing.steps,
@@ -100,15 +92,8 @@ def evaluate_music(question: MusicQuestion, base: Any, on_progress: Progress | N
         "sounds": len(recital.truth),
         "seconds": playing.seconds,
         "references": len(recordings),
-        "figures": {key: round(value, 5) for key, value in figures.items() if not np.isnan(value)},
-        "training": {
-            **training_cost(use.adapter, path),
-            "num_total_params": sum(p.numel() for p in base.denoiser.parameters()),
-        },
-        "machine": machine(),
-        "eval_time": round(time.monotonic() - began, 2),
     }
-    return MusicAnswer(facts, recital, warnings)
+    return MusicAnswer(card_of(uses, path, base, told, figures, began), recital, warnings)
 
 
 @torch.no_grad()

@@ -115,15 +115,7 @@ class DenoisingTask(SoundTraining):
         condition = self.base.encode_signs(scores)
         return condition | self.condition_of([score.text for score in scores])
 
-    def validation_loss(self) -> float | None:
-        """The mean loss on held-out recordings, over noises and times that are the same each time."""
-        if not self.held_out:
-            return None
-        self._train_mode(False)
-        values = [
-            self._losses([example], [("validation", self.preset.seed, example.name, draw)])
-            for example in self.held_out
-            for draw in range(VALIDATION_DRAWS)
-        ]
-        self._train_mode(True)
-        return torch.cat(values).mean().item()
+    def held_out_losses(self) -> Iterator[Tensor]:
+        for example in self.held_out:
+            for draw in range(VALIDATION_DRAWS):
+                yield self._losses([example], [("validation", self.preset.seed, example.name, draw)])

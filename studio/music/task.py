@@ -150,14 +150,10 @@ class SoundTask(SoundTraining):
         codes = torch.stack([example.codes for example in examples])
         return self.base.losses(codes, self.condition_of(captions))
 
-    def validation_loss(self) -> float | None:
-        """Cross-entropy on held-out recordings, in nats per code; there is nothing random in it."""
-        if not self.held_out:
-            return None
-        self._train_mode(False)
-        values = [self._losses([example], [example.caption]) for example in self.held_out]
-        self._train_mode(True)
-        return torch.cat(values).mean().item()
+    def held_out_losses(self) -> Iterator[Tensor]:
+        """Cross-entropy in nats per code; there is nothing random in it."""
+        for example in self.held_out:
+            yield self._losses([example], [example.caption])
 
 
 def refuse_picture_settings(method: PatchMethod, preset: Preset, base: Any) -> None:

@@ -14,7 +14,6 @@ from studio.data import melodies
 from studio.data.cache import Cache
 from studio.data.melodies.pool import MelodyPool
 from studio.data.melodies.source import Melody, draw_melody
-from studio.errors import PresetError
 from studio.fit import Group, Task
 from studio.keyed import numpy_generator
 from studio.paths import studio_home
@@ -101,11 +100,6 @@ class MusicTask(Task):
         for name, module in self.modules.items():
             named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
         return [Group(named)]
-
-    def check_first_step(self) -> None:
-        silent = [name for name, p in self.groups()[0].parameters.items() if p.grad is None]
-        if silent:
-            raise PresetError(f"no gradient reaches '{silent[0]}'")
 
     def describe(self, step: int, micro: int, slots: range) -> str:
         return f"melodies of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from studio.base import Request
-from studio.bases.folder import forget_origin
+from studio.bases.halves import save_with_halves
 from studio.bases.mustango.family import Mustango, without
 from studio.bases.mustango.mel import levelled
 from studio.data.melodies.cycles import CYCLES
@@ -48,7 +48,7 @@ class SpectrogramTask(MusicTask):
         return told(piece)
 
     def _write(self, folder: Path) -> None:
-        save_mustango(self.base, folder)
+        save_with_halves(self.base.pipe, folder)
 
 
 def told(piece: Melody) -> str:
@@ -168,18 +168,3 @@ def _encoded(pipe: Any, scores: list[Any]) -> dict[str, Tensor]:
     words = words.to(pipe.text_encoder.device)
     text = pipe.text_encoder(input_ids=words.input_ids, attention_mask=words.attention_mask)[0]
     return {"text": text, "mask": words.attention_mask, **pipe.encode_signs(scores)}
-
-
-def save_mustango(base: Mustango, folder: Path) -> None:
-    """Writes a pipeline folder: the large networks in fp16, what encodes in fp32."""
-    for name, part in base.pipe.components.items():
-        if part is None:
-            continue
-        if name in ("unet", "vae"):
-            own = {key: value.clone() for key, value in part.state_dict().items()}
-            part.half().save_pretrained(folder / name)
-            part.float().load_state_dict(own)
-        else:
-            part.save_pretrained(folder / name)
-    base.pipe.save_config(folder)
-    forget_origin(folder)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from studio.bases.folder import SHARED, choose_weights, forget_origin, shared_in
+from studio.bases.halves import save_part
 from studio.errors import BaseError
 from studio.files import write_atomically
 
@@ -40,12 +41,8 @@ def save_clip_base(base: Any, folder: Path, share: bool = True) -> None:
             continue
         if name in shared:
             _write_own(part, folder / name, FILES[name], shared[name])
-        elif name in ("unet", "vae"):
-            own = {key: value.clone() for key, value in part.state_dict().items()}
-            part.half().save_pretrained(folder / name)
-            part.float().load_state_dict(own)
-        elif part is not None and hasattr(part, "save_pretrained"):
-            part.save_pretrained(folder / name)
+        else:
+            save_part(name, part, folder / name)
     base.pipe.save_config(folder)
     forget_origin(folder)
     if shared:
