@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from studio.base import Request
 from studio.bases.registry import families, load_base
 from studio.bases.sticker_video import alpha
+from studio.bases.sticker_video.conditioning import clip_noise
 from studio.bases.sticker_video.detail import restored
 from studio.bases.sticker_video.family import StickerVideo
 from studio.errors import BaseError, RequestError
@@ -267,3 +268,29 @@ def test_frames_around_a_given_one_are_nearer_to_it_than_their_latents_are(base)
     better = base.pipe.decode_rgba(latents, {1: picture})
     split = [torch.cat(alpha.split(x, 1.0), 1) for x in (alpha.to_tensor([picture] * 3), plain, better)]
     assert (split[2] - split[0]).square().mean() < 1e-4 < (split[1] - split[0]).square().mean()
+
+
+# -- noise that frames share -----------------------------------------------------------------------------------------
+
+
+def test_shared_noise_has_unit_variance_the_told_correlation_and_begins_as_a_shorter_clips():
+    noise = clip_noise(4, (64, 64), 0.3, seeded())
+    across = torch.corrcoef(noise.flatten(1))
+    torch.testing.assert_close(noise.std((1, 2)), torch.ones(4), atol=0.03, rtol=0)
+    torch.testing.assert_close(across[~torch.eye(4, dtype=torch.bool)], torch.full((12,), 0.3), atol=0.04, rtol=0)
+    assert torch.equal(clip_noise(2, (64, 64), 0.3, seeded()), noise[:2])
+    assert torch.equal(clip_noise(4, (64, 64), 0.0, seeded()), torch.randn(4, 64, 64, generator=seeded()))
+
+
+def test_a_network_that_draws_frame_by_frame_draws_nearly_one_picture_from_nearly_one_noise(tmp_path):
+    still = StickerVideo.tiny()  # its layers over time add nothing yet
+    spread = {}
+    for share in (0.0, 0.99):
+        still.pipe.register_to_config(noise_share=share)
+        latents = still.pipe(
+            "a cat", num_frames=4, num_inference_steps=2, generator=seeded(), output_type="latent"
+        ).frames
+        spread[share] = float(latents.std(2).mean())
+    assert spread[0.99] < 0.3 * spread[0.0]
+    still.pipe.save_pretrained(tmp_path)
+    assert type(still.pipe).from_pretrained(tmp_path).config.noise_share == 0.99

@@ -26,7 +26,7 @@ MOST_GIVEN = 8
 GIVEN_SIDE = 1024  # pixels
 TITLES = {"image": "Image", "video": "Video", "audio": "Music"}
 NOUNS = {"image": "picture", "video": "clip", "audio": "sound"}
-TRY = {"image": "a dog, on a blue background", "video": "a dog that jumps", "audio": "a calm melody"}
+TRY = {"image": "a dog, on a blue background", "video": "a fox bouncing", "audio": "a calm melody"}
 OWN = "Empty: the base's own."
 
 COUNT = Field("count", "int", "How many, with seeds that count up.", default=1, minimum=1, maximum=16)

@@ -57,6 +57,9 @@ class Rdtf(Method):
         description="How far latents are from the blend of given frames (standard deviation): predictions then start "
         "from the blend. 0: the network finds it by itself.",
     )
+    noise_share: float = Field(
+        0.0, ge=0, lt=1, description="How much of its noise a frame has in common with all others of its clip."
+    )
     batches: Literal["bucketed", "padded"] = Field(
         "bucketed", description="Clips of one length in a step, which costs least, or mixed and padded with masks."
     )
@@ -99,6 +102,7 @@ class Rdtf(Method):
             backbone=self.backbone,
             condition_fill=self.condition_fill,
             condition_spread=self.condition_spread,
+            noise_share=self.noise_share,
             keep_weights=self.spatial == "image",
             side=preset.data.resolution,
             **options,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from studio.bases.sticker_video.conditioning import ClipCondition
+from studio.bases.sticker_video.conditioning import ClipCondition, clip_noise
 from studio.bases.sticker_video.family import StickerVideo
 from studio.data.clip_pool import EncodedClip
 
@@ -47,8 +47,9 @@ def denoising_losses(
     clean = clean.to(device)
     times = torch.stack([objective.draw_time(g) for g in generators])
     # Noise frame by frame, so that a clip's own frames get the same however far it is padded.
-    shape = (clean.shape[2], clean.shape[1], *clean.shape[3:])
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).transpose(1, 2).to(device)
+    frames, shape = clean.shape[2], (clean.shape[1], *clean.shape[3:])
+    noises = [clip_noise(frames, shape, base.pipe.config.noise_share, g) for g in generators]
+    noise = torch.stack(noises).transpose(1, 2).to(device)
     side = clean.shape[-1] * base.latent_factor
     told = base.encode_prompts(captions, (side, side)) | condition.tensors()
     noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)

@@ -28,6 +28,7 @@ def video_around(
     backbone: Backbone = "sticker_unet",
     condition_fill: str = "blend",
     condition_spread: float = 0.0,
+    noise_share: float = 0.0,
     keep_weights: bool = True,
     side: int | None = None,
     **options: Any,
@@ -60,6 +61,7 @@ def video_around(
         scheduler=image.pipe.scheduler,
         condition_fill=condition_fill,
         condition_spread=condition_spread,
+        noise_share=noise_share,
     )
     return StickerVideo.at_rest(name, pipe, image.licence)
 

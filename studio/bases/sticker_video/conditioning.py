@@ -5,6 +5,7 @@ B clips, F frames, Z latent channels (colour, then alpha where the network has i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -76,6 +77,19 @@ def blended(given: Tensor, known: Tensor, valid: Tensor) -> Tensor:
     mixed = (by_frame[rows, left] * (1 - weight) + by_frame[rows, right] * weight).transpose(1, 2)
     usable = valid & known.any(1, keepdim=True)
     return mixed.masked_fill(~_across(usable, given), 0)
+
+
+def clip_noise(frames: int, shape: Sequence[int], share: float, generator: torch.Generator | None) -> Tensor:
+    """Noise (F, *shape) of unit variance, of which each frame has the `share` in common with all frames of its clip.
+
+    A network that draws frame by frame then draws one thing and not F of them (mixed noise, Ge et al. 2023, Preserve
+    Your Own Correlation, section 4.2; their a^2 / (1 + a^2) is `share`). Frames are drawn in order, so a longer clip
+    begins with a shorter one's noise.
+    """
+    if not share:
+        return torch.randn(frames, *shape, generator=generator)
+    common = torch.randn(*shape, generator=generator)
+    return share**0.5 * common + (1 - share) ** 0.5 * torch.randn(frames, *shape, generator=generator)
 
 
 def _across(mask: Tensor, like: Tensor) -> Tensor:

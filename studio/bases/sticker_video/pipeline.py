@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from studio.bases.sticker_video.alpha import fitted, join, split, to_pictures, to_tensor
-from studio.bases.sticker_video.conditioning import Anchor, ClipCondition, predicted
+from studio.bases.sticker_video.conditioning import Anchor, ClipCondition, clip_noise, predicted
 from studio.bases.sticker_video.detail import restored
 from studio.bases.sticker_video.network import StickerUNet  # noqa: F401  diffusers loads only what is imported
 from studio.errors import RequestError
@@ -41,7 +41,7 @@ class StickerVideoOutput(BaseOutput):
 
 class StickerVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
     """`ground` in [0, 1] is the grey that colours stand on; `condition_fill` and `condition_spread` (0 for no anchor)
-    are told in conditioning.py.
+    are told in conditioning.py, as is `noise_share`, what frames have in common of their noise.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -57,10 +57,12 @@ class StickerVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         ground: float = 1.0,
         condition_fill: str = "blend",
         condition_spread: float = 0.0,
+        noise_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(ground=ground, condition_fill=condition_fill, condition_spread=condition_spread)
+        self.register_to_config(noise_share=noise_share)
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *arguments: Any, **options: Any) -> Any:
         """As every pipeline; where this code came along with the weights (standalone.py), it goes along with them."""
@@ -307,7 +309,8 @@ class StickerVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
             return latents.to(device, self.unet.dtype)
         latent = [side // self.vae_scale_factor for side in size]
         each = generator if isinstance(generator, list) else [generator] * batch
-        noise = [torch.randn(count, self.latent_channels, *latent, generator=g) for g in each]
+        shape, share = (self.latent_channels, *latent), self.config.noise_share
+        noise = [clip_noise(count, shape, share, g) for g in each]
         return torch.stack(noise).transpose(1, 2).to(device, self.unet.dtype)
 
     def _pictures(self, latents: Tensor, given: Mapping[int, Image.Image]) -> list[list[Image.Image]]:
