@@ -32,8 +32,12 @@ def undelayed(tokens: Tensor) -> Tensor:
     return torch.stack([tokens[:, k, k : k + frames] for k in range(codebooks)], 1)
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each sample in nats, (B,), over frames and codebooks; logits (B, K, S, V)."""
+def token_losses(logits: Tensor, labels: Tensor, first: float = 1.0) -> Tensor:
+    """Mean cross-entropy of each sample in nats, (B,), over frames and codebooks; logits (B, K, S, V).
+
+    The first codebook counts `first` times as much as each other.
+    """
     losses = F.cross_entropy(logits.flatten(0, 2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    counted = (labels != IGNORED).flatten(1).sum(1)
-    return losses.view(labels.shape).flatten(1).sum(1) / counted
+    weights = (labels != IGNORED).float()
+    weights[:, 0] *= first
+    return (losses.view(labels.shape) * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)

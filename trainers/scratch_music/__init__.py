@@ -57,6 +57,11 @@ class ScratchMusic(Method):
         0.35, ge=0, le=1, description="Codec: share of the steps that train a plain autoencoder, before codes begin."
     )
     commitment: float = Field(0.25, ge=0, description="Codec: weight of keeping frames near their codes.")
+    first_codebook: float = Field(
+        1.0,
+        gt=0,
+        description="Decoder: how many times as much the first codebook counts, which decides what is played.",
+    )
     spectral_weight: float = Field(
         0.3, ge=0, description="Codec: weight of the spectra's distance against the wave's relative squared error."
     )

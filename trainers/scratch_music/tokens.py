@@ -157,7 +157,7 @@ class DecoderTask(MusicTask):
         told = [
             "" if float(torch.rand((), generator=torch_generator(*k))) < dropout else c for k, c in zip(keys, captions)
         ]
-        return self.base.losses(codes.long(), self.base.encode_prompts(told))
+        return self.base.losses(codes.long(), self.base.encode_prompts(told), self.method.first_codebook)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
