@@ -56,6 +56,8 @@ def test_a_study_trains_its_arms_for_steps_or_a_time_and_tables_them(tmp_path, t
     content = {"study": "s", "command": "c", "date": "d", "jobs": 2, "results": [job.result() for job in jobs]}
     assert "| by time | 1 | 0 |" in page(study, content)
     assert [job.result() for job in motion_jobs(study, tmp_path / "work")] == [job.result() for job in jobs]
+    # To be measured again, a finished arm is not trained again.
+    assert motion_arm.train("no preset is read", jobs[0].run_folder, 0) == jobs[0].run_folder / "base"
 
 
 @needs_font

@@ -36,8 +36,10 @@ def train(preset: str, folder: Path, limit: float) -> Path:
     """The trained base. `limit` is in processor seconds, 0 for none. Exits as signals ask, at a checkpoint."""
     run = Run(folder)
     spent = _spent(folder)
-    if run.checkpoint_folders() and (spent.get("done") or _has_finished(run)):
-        return run.checkpoint_folders()[-1] / "base"
+    if spent.get("done") or _has_finished(run):
+        kept = [path / "base" for path in (folder, *reversed(run.checkpoint_folders())) if (path / "base").exists()]
+        if kept:  # a finished study keeps no checkpoints
+            return kept[0]
     if not run.checkpoint_folders():
         shutil.rmtree(folder, ignore_errors=True)  # interrupted before its first checkpoint
         training, before = plan(Order(preset, run=folder)), 0.0
