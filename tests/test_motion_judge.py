@@ -106,7 +106,9 @@ def test_a_card_tells_gains_and_motions_of_any_clip_base(tmp_path):
     assert card["interpolation"]["given frames exact"]
     assert 0 <= card["text to clip"]["motion right"] <= 1
     assert sum(total for _, total in card["text to clip"]["by motion"].values()) == 2
-    assert motion_card.sheet(shown).size == (8 * base.resolution, len(shown) * base.resolution)
+    sheet, strip = motion_card.sheet(shown), shown[0][1].sheet()
+    left, top = motion_card.GAP, motion_card.GAP + motion_card.TITLE
+    assert sheet.crop((left, top, left + strip.width, top + strip.height)).tobytes() == strip.tobytes()
     truths = motion_card.held_out_clips(10, 16, 4, 0)
     assert [truth.motion for truth in truths] == list(motions.MOTIONS)
     again = base.generate(Request([truths[0].caption], [0], steps=1, frames=8))

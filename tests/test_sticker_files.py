@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from studio.cli import run
-from studio.data.clip_files import distinct, save_clip
+from studio.data.clip_files import distinct, save_clip, with_palette
 from studio.data.clips import Clip, look_at, walk
 from studio.data.video_files import shown_at
 from studio.errors import DataError, MissingPart, RequestError
@@ -233,3 +233,16 @@ def test_packs_that_no_platform_takes_are_refused_and_nothing_is_written(tmp_pat
     assert run(["sticker", *clips_on_disk(tmp_path, 2), *arguments, "--out", str(tmp_path / "out")]) == 2
     assert word in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ground_with_a_faint_haze_is_clear_in_a_palette_too():
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(3):
+        pixels = rng.integers(0, 256, (32, 32, 4), np.uint8)
+        pixels[8:, :, 3] = np.where(rng.random((24, 32)) < 0.5, 0, 3)
+        frames.append(Image.fromarray(pixels, "RGBA"))
+    reduced = [np.asarray(frame.convert("RGBA")) for frame in with_palette(frames, 64)]
+    assert all((frame[8:, :, 3] == 0).mean() > 0.9 for frame in reduced)
+    opaque = [Image.new("RGB", (8, 8), colour).convert("RGBA") for colour in ("red", "green")]
+    assert all(frame.convert("RGBA").getextrema()[3] == (255, 255) for frame in with_palette(opaque, 8))

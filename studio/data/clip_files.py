@@ -19,6 +19,7 @@ from studio.errors import RequestError
 from studio.files import write_atomically
 
 CLIP_ENDINGS = (".webp", ".png", ".gif", ".webm")
+UNSEEN = 8  # of 255: an alpha below is nothing to an eye
 OPAQUE_FROM = 128  # of 255: a GIF's pixels are there or not
 
 
@@ -111,8 +112,8 @@ def with_palette(frames: Sequence[Image.Image], colours: int) -> list[Image.Imag
     width, height = frames[0].size
     tall = Image.new("RGBA", (width, height * len(frames)))
     for index, frame in enumerate(frames):
-        tall.paste(frame, (0, index * height))
-    reduced = tall.quantize(colours, Image.Quantize.FASTOCTREE)
+        tall.paste(_cleared(frame, UNSEEN), (0, index * height))
+    reduced = _with_a_clear_colour(tall.quantize(colours, Image.Quantize.FASTOCTREE))
     cut = [reduced.crop((0, i * height, width, (i + 1) * height)) for i in range(len(frames))]
     for before, after in pairwise(cut):
         if before.tobytes() == after.tobytes():  # see `distinct`; the clearest two colours take turns in a corner
@@ -123,11 +124,30 @@ def with_palette(frames: Sequence[Image.Image], colours: int) -> list[Image.Imag
     return cut
 
 
-def _hardened(frame: Image.Image) -> Image.Image:
+def _with_a_clear_colour(reduced: Image.Image) -> Image.Image:
+    """The picture with the clearest colour of its palette wholly clear, if it is so nearly.
+
+    A colour of a palette is the mean of what it stands for: a faint haze somewhere would leave no ground clear.
+    """
+    colours = np.array(reduced.getpalette("RGBA"), np.uint8).reshape(-1, 4)
+    used = np.unique(np.asarray(reduced))
+    clearest = used[colours[used, 3].argmin()]
+    if colours[clearest, 3] < UNSEEN:
+        colours[clearest] = 0
+        reduced.putpalette(colours.tobytes(), "RGBA")
+    return reduced
+
+
+def _cleared(frame: Image.Image, below: int) -> Image.Image:
+    """The frame without its pixels of less alpha, or of their colours."""
     pixels = np.array(frame.convert("RGBA"))
-    clear = pixels[..., 3] < OPAQUE_FROM
-    pixels[clear] = 0
-    pixels[~clear, 3] = 255
+    pixels[pixels[..., 3] < below] = 0
+    return Image.fromarray(pixels, "RGBA")
+
+
+def _hardened(frame: Image.Image) -> Image.Image:
+    pixels = np.array(_cleared(frame, OPAQUE_FROM))
+    pixels[pixels[..., 3] > 0, 3] = 255
     return Image.fromarray(pixels, "RGBA")
 
 

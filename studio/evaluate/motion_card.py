@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from studio.base import Request
@@ -45,6 +45,7 @@ from studio.samples import save_png
 FIRST = (0,)
 OTHERS = (0, 2, 4, 6)
 BOOTSTRAPS = 1000
+TITLE, GAP = 18, 8  # pixels of a sheet
 QUESTIONS = ("picture to clip", "interpolation", "text to clip")
 Progress = Callable[[int, int], None]  # clips drawn so far, clips in all
 
@@ -125,7 +126,8 @@ def measure_clips(
             wanted = [truth.motion for truth in truths]
             results[name]["motion right"] = share_right(judge, clips, wanted)
             results[name]["motion right in the trivial clips"] = share_right(judge, trivial, wanted)
-        shown += [(f"{name}: {truths[i].caption}", clips[i]) for i in range(min(4, count))]
+        for truth, clip in list(zip(truths, clips))[:4]:
+            shown += [(f"{truth.caption}: the truth", truth.clip), (f"{name}: the same", clip)]
     clips = [drawn(index, (), text_guidance) for index in range(count)]
     shown += [(truths[i].caption, clips[i]) for i in range(min(10, count))]
     if judge is not None:
@@ -190,14 +192,18 @@ def share_right(judge: MotionJudge, clips: Sequence[Clip], wanted: Sequence[str]
     return round(sum(answer == name for answer, name in zip(judge.judge(clips), wanted)) / len(wanted), 3)
 
 
-def sheet(shown: Sequence[tuple[str, Clip]]) -> Image.Image:
-    """One clip a row."""
-    rows = [clip.sheet() for _, clip in shown]
-    whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        whole.paste(row, (0, top))
-        top += row.height
+def sheet(shown: Sequence[tuple[str, Clip]], columns: int = 2) -> Image.Image:
+    """Every clip as a row of its frames under its title, in columns."""
+    strips = [(title, clip.sheet()) for title, clip in shown]
+    width, height = max(strip.width for _, strip in strips), max(strip.height for _, strip in strips)
+    font, cell = ImageFont.load_default(TITLE - 4), (width + GAP, height + TITLE + GAP)
+    rows = -(-len(strips) // columns)
+    whole = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), "white")
+    pen = ImageDraw.Draw(whole)
+    for number, (title, strip) in enumerate(strips):
+        left, top = GAP + number // rows * cell[0], GAP + number % rows * cell[1]
+        pen.text((left, top), title, fill="#333", font=font)
+        whole.paste(strip, (left, top + TITLE))
     return whole
 
 
