@@ -301,6 +301,49 @@ def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     assert fresh.locator(".grid thead th").all_inner_texts() == ["no adapter", "strength 0.5", "strength 1"]
 
 
+def test_a_clip_is_drawn_around_a_given_picture_and_becomes_a_sticker(server, tab, tmp_path):
+    page = tab("generate")
+    page.get_by_role("tab", name="Video").click()
+    page.fill("#p-video", "a fox bouncing")
+    page.locator("#p-video").blur()
+    panel = page.get_by_role("tabpanel").filter(has=page.locator("#p-video"))
+    fill(panel, "frames", "3")
+    open_part(panel, "Advanced")
+    fill(panel, "steps", "2")
+    picture = tmp_path / "fox.png"
+    Image.new("RGBA", (64, 64), (250, 120, 10, 255)).save(picture)
+    panel.locator("input[type=file]").first.set_input_files(str(picture))
+    panel.locator("img[alt='given frame']").wait_for()
+    page.click("#generate-video")
+    panel.locator(".works:not(.small) a[download]").first.wait_for()
+    (made,) = (server.home / "pictures").glob("*/000.webp")
+    with Image.open(made) as clip:
+        assert clip.n_frames == 3
+        assert clip.convert("RGBA").getpixel((32, 32)) == (250, 120, 10, 255)
+    panel.get_by_role("button", name="WhatsApp").first.click()
+    panel.locator("text=It fits what WhatsApp takes").wait_for()
+    with page.expect_download() as saved:
+        panel.get_by_role("link", name="whatsapp").click()
+    with Image.open(saved.value.path()) as sticker:
+        assert sticker.size == (512, 512)
+
+
+def test_a_melody_is_made_and_can_be_heard_and_seen(server, tab):
+    page = tab("generate")
+    page.get_by_role("tab", name="Music").click()
+    page.fill("#p-audio", "a slow happy melody on a flute")
+    page.locator("#p-audio").blur()
+    panel = page.get_by_role("tabpanel").filter(has=page.locator("#p-audio"))
+    fill(panel, "seconds", "1")
+    page.click("#generate-audio")
+    panel.locator(".works:not(.small) audio").first.wait_for()
+    assert panel.locator("img[alt='waveform']").first.evaluate("picture => picture.naturalWidth") > 0
+    duration = panel.locator("audio").first.evaluate(
+        "sound => new Promise(done => { sound.onloadedmetadata = () => done(sound.duration); sound.load(); })"
+    )
+    assert duration == pytest.approx(1, abs=0.1)
+
+
 def test_two_concepts_are_merged_compared_and_kept(server, tab):
     page = tab("merge")
     for name in ("bobo", "dodo"):
