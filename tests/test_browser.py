@@ -301,12 +301,17 @@ def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     assert fresh.locator(".grid thead th").all_inner_texts() == ["no adapter", "strength 0.5", "strength 1"]
 
 
+def asking(page, medium, field, prompt):
+    """The part of the page for a medium, with the prompt typed in."""
+    page.get_by_role("tab", name=medium).click()
+    page.fill(field, prompt)
+    page.locator(field).blur()
+    return page.get_by_role("tabpanel").filter(has=page.locator(field))
+
+
 def test_a_clip_is_drawn_around_a_given_picture_and_becomes_a_sticker(server, tab, tmp_path):
     page = tab("generate")
-    page.get_by_role("tab", name="Video").click()
-    page.fill("#p-video", "a fox bouncing")
-    page.locator("#p-video").blur()
-    panel = page.get_by_role("tabpanel").filter(has=page.locator("#p-video"))
+    panel = asking(page, "Video", "#p-video", "a fox bouncing")
     fill(panel, "frames", "3")
     open_part(panel, "Advanced")
     fill(panel, "steps", "2")
@@ -330,10 +335,7 @@ def test_a_clip_is_drawn_around_a_given_picture_and_becomes_a_sticker(server, ta
 
 def test_a_melody_is_made_and_can_be_heard_and_seen(server, tab):
     page = tab("generate")
-    page.get_by_role("tab", name="Music").click()
-    page.fill("#p-audio", "a slow happy melody on a flute")
-    page.locator("#p-audio").blur()
-    panel = page.get_by_role("tabpanel").filter(has=page.locator("#p-audio"))
+    panel = asking(page, "Music", "#p-audio", "a slow happy melody on a flute")
     fill(panel, "seconds", "1")
     page.click("#generate-audio")
     panel.locator(".works:not(.small) audio").first.wait_for()
