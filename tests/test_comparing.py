@@ -498,30 +498,43 @@ def test_a_plot_has_each_point_where_its_values_are():
 # -- music -----------------------------------------------------------------------------------------------------
 
 
-def test_a_study_of_music_plays_its_lessons_trains_on_them_and_publishes(tmp_path):
+def test_a_study_of_music_plays_its_lessons_trains_on_two_bases_and_publishes(tmp_path):
     from studio.bases.musicgen import MusicGen
+    from studio.bases.mustango import Mustango
 
-    MusicGen.tiny().pipe.save_pretrained(tmp_path / "base")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"base: {tmp_path / 'base'}\nmethod: {{kind: music-linear, bottleneck: 4}}\nsteps: 2\n")
+    recipes = {}
+    for base in (MusicGen, Mustango):
+        name = base.__name__.lower()
+        base.tiny().pipe.save_pretrained(tmp_path / name)
+        recipes[name] = tmp_path / f"of-{name}.yaml"
+        recipes[name].write_text(f"base: {tmp_path / name}\nmethod: {{kind: music-linear, bottleneck: 4}}\nsteps: 2\n")
     tunes = {"hicaz": {"mode": "Hicaz", "pieces": 4, "compared": 4, "seconds": 1}}
-    cells = [{"name": "linear", "method": {"kind": "music-linear", "bottleneck": 4}}]
-    content = {"preset": str(recipe), "tunes": tunes, "cells": cells, "seeds": [0], "settings": {"data.seconds": 1}}
+    method = {"kind": "music-linear", "bottleneck": 4}
+    cells = [{"name": "linear", "method": method}]
+    cells += [{"name": "mustango", "method": method, "preset": str(recipes["mustango"])}]
+    content = {
+        "preset": str(recipes["musicgen"]),
+        "tunes": tunes,
+        "cells": cells,
+        "seeds": [0],
+        "settings": {"data.seconds": 1},
+    }
     study = Study.model_validate({**content, "evaluation": {"sounds": 2, "seconds": 1}})
     jobs = make_jobs(study, tmp_path / "work")
-    assert [job.facts["lesson_kind"] for job in jobs] == ["makam"]
+    assert [job.facts["lesson_kind"] for job in jobs] == ["makam", "makam"]
     again = make_jobs(study, tmp_path / "work")
     assert [job.fingerprint for job in again] == [job.fingerprint for job in jobs]  # the same pieces every time
     with alone_in(tmp_path / "work") as lock:
         outcomes = list(run_jobs(jobs, 1, tmp_path / "home", lock))
-    assert [outcome.error for outcome in outcomes] == [""]
+    assert [outcome.error for outcome in outcomes] == ["", ""]
     publish(study, "tunes", jobs, tmp_path / "out", "studio compare tunes")
     page = (tmp_path / "out" / "results.md").read_text()
     assert "## Makams" in page
     assert "held-out loss" in page
     assert "mode right" in page
-    assert "*base alone*" in page
-    assert str(tmp_path / "base") not in page
+    assert "*musicgen alone*" in page
+    assert "*mustango alone*" in page
+    assert str(tmp_path / "musicgen") not in page
 
 
 def test_an_unknown_mode_of_a_study_names_the_nearest():

@@ -109,6 +109,11 @@ def test_a_card_tells_gains_and_motions_of_any_clip_base(tmp_path):
     sheet, strip = motion_card.sheet(shown), shown[0][1].sheet()
     left, top = motion_card.GAP, motion_card.GAP + motion_card.TITLE
     assert sheet.crop((left, top, left + strip.width, top + strip.height)).tobytes() == strip.tobytes()
+    moving = motion_card.moving_sheet(shown)
+    ours = shown[1][1].frames[3]
+    corner = (ours.width + motion_card.GAP, 0, 2 * ours.width + motion_card.GAP, ours.height)
+    assert len(moving.frames) == 8
+    assert moving.frames[3].crop(corner) == Image.alpha_composite(Image.new("RGBA", ours.size, "white"), ours)
     truths = motion_card.held_out_clips(10, 16, 4, 0)
     assert [truth.motion for truth in truths] == list(motions.MOTIONS)
     again = base.generate(Request([truths[0].caption], [0], steps=1, frames=8))

@@ -25,7 +25,7 @@ from studio.generation import parse_use, wearing
 
 TAUGHT = ("fox", "apple", "car", "guitar", "penguin", "pizza", "umbrella", "teapot")
 ASKED = ("cat", "banana", "rocket", "crab", "owl", "bell", "key", "strawberry")
-FRAMES, SIDE, FPS = 8, 64, 8.0
+FRAMES, SIDE, FPS = 8, 96, 8.0
 LENGTH, DEGREES = 0.32, 35.0  # from the thing's middle up to where it hangs, of the canvas; how far it swings
 
 

@@ -141,17 +141,15 @@ def _finished(run: Run) -> bool:
 def make_jobs(study: Study, folder: Path) -> list[Job]:
     """All jobs of a study below `folder`, trainings first. Raises PresetError for a cell that cannot be."""
     preset, _ = resolve(Order(study.preset, settings=flat(study.settings)))
-    identity = load_base(preset.base).identity()
-    base = _digest(identity.architecture, identity.values)
     lessons = {name: make_lesson(study, name, folder / "lessons") for name in study.lessons}
     prints = {name: fingerprint(lesson) for name, lesson in lessons.items()}
-    maker = _Maker(study, folder, base, lessons, prints)
+    maker = _Maker(study, folder, preset.base, lessons, prints)
     jobs = [
         *maker.trainings(),
         *maker.sums(),
         *maker.merges(),
-        *maker.described(preset.base),
-        *maker.zeroed(preset.base),
+        *maker.described(),
+        *maker.zeroed(),
     ]
     return list({job.name: job for job in jobs}.values())
 
@@ -163,6 +161,14 @@ class _Maker:
     base: str
     lessons: dict[str, Lesson]
     prints: dict[str, str]
+    values: dict[str, str] = field(default_factory=dict)
+
+    def _values_of(self, base: str) -> str:
+        """A digest of a base's weights."""
+        if base not in self.values:
+            identity = load_base(base).identity()
+            self.values[base] = _digest(identity.architecture, identity.values)
+        return self.values[base]
 
     def trainings(self) -> Iterator[Job]:
         """Seeds outermost, so that a study that is cut short has all cells."""
@@ -178,9 +184,10 @@ class _Maker:
         shown = preset.model_dump(mode="json")
         shown["data"]["path"] = None  # the pictures count, not where they lie
         facts = {"cell": cell.name, "lesson": lesson.name, "lesson_kind": lesson.kind, "seed": seed}
+        facts["base"] = Path(preset.base).name
         order: dict[str, Any] = {"preset": preset, "lesson": lesson, **self._measured(lesson)}
         name = f"{slugify(cell.name)}--{slugify(lesson.name)}--{seed}"
-        mark = _digest(shown, self.prints[lesson.name], self._how(), self.base)
+        mark = _digest(shown, self.prints[lesson.name], self._how(), self._values_of(preset.base))
         job = Job(name, "training", facts, mark, self.folder, order=order)
         order["adapter"] = str(job.run_folder)
         return job
@@ -291,21 +298,22 @@ class _Maker:
         needs = tuple(job.name for job in singles)
         return Job(name, kind, facts, mark, self.folder, needs, {"together": order})
 
-    def described(self, base: str) -> Iterator[Job]:
+    def described(self) -> Iterator[Job]:
         taught = {name for cell in self.study.cells for name in self.study.taught_to(cell)}
         for lesson in self.lessons.values():
             if lesson.known_as and lesson.name in taught:
                 facts = {"cell": "described", "lesson": lesson.name, "lesson_kind": lesson.kind}
-                mark = _digest("described", self.prints[lesson.name], lesson.known_as, self._how(), self.base)
-                order = {"base": base, "lesson": lesson, **self._measured(lesson)}
+                told = (self.prints[lesson.name], lesson.known_as, self._how(), self._values_of(self.base))
+                mark = _digest("described", *told)
+                order = {"base": self.base, "lesson": lesson, **self._measured(lesson)}
                 yield Job(f"described--{slugify(lesson.name)}", "described", facts, mark, self.folder, order=order)
 
-    def zeroed(self, base: str) -> Iterator[Job]:
+    def zeroed(self) -> Iterator[Job]:
         pruning = self.study.pruning
         for share in (0.0, *pruning.shares) if pruning else ():
             assert pruning is not None
-            mark = _digest("zeroed", share, pruning.glyphs, self._how(), self.base)
-            order = {"base": base, "share": share, "glyphs": pruning.glyphs, "how": self._drawn()}
+            mark = _digest("zeroed", share, pruning.glyphs, self._how(), self._values_of(self.base))
+            order = {"base": self.base, "share": share, "glyphs": pruning.glyphs, "how": self._drawn()}
             name = f"zeroed--{share:g}".replace(".", "_")
             yield Job(name, "zeroed", {"share": share}, mark, self.folder, order=order)
 
@@ -321,7 +329,7 @@ def cell_preset(study: Study, cell: Cell, lesson: Lesson, seed: int) -> Preset:
     silent = {"sample_every": 0, "validate_every": 0, "export": []}
     changes = {**silent, **study.settings, **data, **own, **_placed(cell.settings, lesson.index)}
     try:
-        order = Order(study.preset, method=str(method["kind"]), settings=flat(changes), seed=seed)
+        order = Order(cell.preset or study.preset, method=str(method["kind"]), settings=flat(changes), seed=seed)
         return resolve(order)[0]
     except PresetError as error:
         raise PresetError(f"the cell '{cell.name}': {error.message}", error.hint) from None

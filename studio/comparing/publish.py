@@ -14,6 +14,7 @@ from studio.comparing.study import Study
 from studio.comparing.table import (
     COLUMNS,
     KINDS,
+    by_base,
     compared,
     leading,
     of_kind,
@@ -99,10 +100,9 @@ def _plots(study: Study, results: Sequence[Result], out: Path) -> list[Path]:
         if not trained:
             continue
         lead = leading(trained)
-        levels: dict[str, float] = {}
-        for label, suffix in (("base alone", "_base"), ("references", "_references")):
-            found = summarised(one_each(trained), suffix).get(lead)
-            levels |= {label: found.mean} if found else {}
+        known = {f"{name} alone": summarised(found, "_base") for name, found in by_base(trained).items()}
+        known["references"] = summarised(one_each(trained), "_references")
+        levels = {label: found[lead].mean for label, found in known.items() if lead in found}
         for stem, (against, column, logarithmic) in PLOTS.items():
             points = []
             for cell in study.cells:

@@ -83,6 +83,7 @@ class Cell(_Part):
     method: dict[str, Any] = Field(
         description="As in a preset. '{index}' stands for the lesson's place in the study, from 0, '{number}' from 1."
     )
+    preset: str = Field("", description="What its trainings start from, for a base of its own. Default: the study's.")
     settings: dict[str, Any] = Field({}, description="Other fields of the preset for this cell alone.")
     lessons: tuple[str, ...] = Field((), description="Only these lessons. Default: the study's.")
     seeds: tuple[int, ...] = Field((), description="Only these seeds. Default: the study's.")

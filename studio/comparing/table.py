@@ -148,7 +148,7 @@ def _cells(study: Study, results: Sequence[Result], kind: str, title: str) -> Ta
         ]
 
     rows = [
-        row("*base alone*", _floor(one_each(trained)), None, len(one_each(trained))),
+        *(row(f"*{name} alone*", _floor(found), None, len(found)) for name, found in by_base(trained).items()),
         *_described(results, kind, row),
         row("*references*", summarised(one_each(trained), "_references"), None, len(one_each(trained))),
     ]
@@ -164,6 +164,13 @@ def _cells(study: Study, results: Sequence[Result], kind: str, title: str) -> Ta
         if found
     ]
     return Table(title, head, [r for r in rows if any(r[1:-1])])
+
+
+def by_base(trained: Sequence[Result]) -> dict[str, list[Result]]:
+    """A result of each lesson for each base, by the base's name if there are several."""
+    bases = list(dict.fromkeys(r.get("base", "") for r in trained))
+    of_base = [one_each([r for r in trained if r.get("base", "") == base]) for base in bases]
+    return dict(zip(bases if len(bases) > 1 else ["base"], of_base))
 
 
 def _floor(trained: Sequence[Result]) -> dict[str, Summary]:

@@ -2,8 +2,8 @@
 
     python -m studio.evaluate.motion_card BASE --out DIR
 
-writes DIR/card.json, DIR/sheet.png and a WebP of each clip in the sheet. Clips are renderings of pairs of a glyph and a
-motion that were never trained on, the same for every base. Three questions:
+writes DIR/card.json, DIR/sheet.png and the same clips, moving, as DIR/sheet.webp. Clips are renderings of pairs of a
+glyph and a motion that were never trained on, the same for every base. Three questions:
 
 - picture to clip: the first frame is given; is the rest nearer to the truth than that frame repeated?
 - interpolation: every other frame is given; are those between nearer than the linear blend of their neighbours?
@@ -46,6 +46,7 @@ FIRST = (0,)
 OTHERS = (0, 2, 4, 6)
 BOOTSTRAPS = 1000
 TITLE, GAP = 18, 8  # pixels of a sheet
+MOVING_COLUMNS, MOVING_MS = 8, 125
 QUESTIONS = ("picture to clip", "interpolation", "text to clip")
 Progress = Callable[[int, int], None]  # clips drawn so far, clips in all
 
@@ -207,6 +208,21 @@ def sheet(shown: Sequence[tuple[str, Clip]], columns: int = 2) -> Image.Image:
     return whole
 
 
+def moving_sheet(shown: Sequence[tuple[str, Clip]]) -> Clip:
+    """The same clips in rows, all playing at one rate, on white."""
+    clips = [clip for _, clip in shown]
+    width, height = max(clip.size[0] for clip in clips) + GAP, max(clip.size[1] for clip in clips) + GAP
+    size = (min(len(clips), MOVING_COLUMNS) * width, -(-len(clips) // MOVING_COLUMNS) * height)
+    pictures = []
+    for moment in range(max(len(clip.frames) for clip in clips)):
+        picture = Image.new("RGBA", size, "white")
+        for number, clip in enumerate(clips):
+            frame = clip.frames[moment % len(clip.frames)]
+            picture.alpha_composite(frame, (number % MOVING_COLUMNS * width, number // MOVING_COLUMNS * height))
+        pictures.append(picture)
+    return Clip(tuple(pictures), (MOVING_MS,) * len(pictures), loop=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures a base and writes the card. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m studio.evaluate.motion_card", description=__doc__.split("\n")[0])
@@ -217,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0, help="for clips with given frames (default 1)")
     parser.add_argument("--text-guidance", type=float, help="for clips from text alone (default: the base's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of clips and noises (default 0)")
+    parser.add_argument("--distance-clips", type=int, default=0, help="clips of the S-FVD (default 0: not measured)")
     parser.add_argument("--unjudged", action="store_true", help="measure PSNR alone, without the judge of motions")
     options = parser.parse_args(arguments)
     from studio.terminal import print_error
@@ -231,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> None:
     from studio.bases.registry import load_base
+    from studio.evaluate.motion_distance import measure_distance
     from studio.terminal import CountProgress, print_table, say
 
     if options.clips < 1 or options.steps < 1:
@@ -243,10 +261,16 @@ def _measure(options: argparse.Namespace) -> None:
     with CountProgress("drawing", 3 * options.clips) as progress:
         show: Progress = lambda done, total: progress.show(done)  # noqa: E731
         card, shown = measure_clips(base, judge, options.clips, **how, seed=options.seed, on_progress=show)
+    if judge is not None and options.distance_clips:
+        with CountProgress("drawing for the S-FVD", options.distance_clips) as progress:
+            how_far = {"steps": options.steps, "seed": options.seed}
+            found = measure_distance(
+                base, judge, options.distance_clips, **how_far, on_progress=lambda done, _: progress.show(done)
+            )
+        card[QUESTIONS[2]] |= {**found, "clips of the S-FVD": options.distance_clips}
     write_atomically(options.out / "card.json", json.dumps({**card, **how}, indent=1) + "\n")
     save_png(sheet(shown), options.out / "sheet.png", {"clips": [title for title, _ in shown], **how})
-    for number, (_, clip) in enumerate(shown):
-        write_atomically(options.out / f"{number:02d}.webp", webp_bytes(clip))
+    write_atomically(options.out / "sheet.webp", webp_bytes(moving_sheet(shown), quality=80))
     rows = [(question, name, str(value)) for question in QUESTIONS for name, value in card.get(question, {}).items()]
     print_table(("question", "what", "value"), rows)
     say(f"written to {options.out}")
