@@ -43,6 +43,8 @@ class Group:
 class Task(ABC):
     """What is trained, on what, and what it shows for it."""
 
+    reaches_all = True  # whether every step has a gradient for everything that is trained
+
     @abstractmethod
     def groups(self) -> list[Group]: ...
 
@@ -64,8 +66,9 @@ class Task(ABC):
 
     def check_first_step(self) -> None:
         """Called after the first backward pass; raises if a part of what is trained was never reached."""
-        silent = [name for group in self.groups() for name, p in group.parameters.items() if p.grad is None]
-        if silent:
+        grads = {name: p.grad for group in self.groups() for name, p in group.parameters.items()}
+        silent = [name for name, grad in grads.items() if grad is None]
+        if silent and (self.reaches_all or len(silent) == len(grads)):
             raise PresetError(f"no gradient reaches '{silent[0]}'")
 
     def draw_samples(self, step: int) -> Iterator[Event]:

@@ -82,11 +82,6 @@ class _NetworkTask(Task):
             named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
         return [Group(named)]
 
-    def check_first_step(self) -> None:
-        silent = [name for name, p in self.groups()[0].parameters.items() if p.grad is None]
-        if silent and len(silent) == len(self.groups()[0].parameters):
-            raise PresetError(f"no gradient reaches '{silent[0]}'")
-
     def describe(self, step: int, micro: int, slots: range) -> str:
         return f"stickers of seed {self.preset.seed}, slots {slots.start} to {slots.stop - 1}"
 
@@ -103,6 +98,11 @@ class AutoencoderTask(_NetworkTask):
     """Reconstruction: squared error + 0.5 absolute error + KL, on renderings or crops of them."""
 
     networks = ("vae",)
+
+    def __init__(self, method: Scratch, base: LatentDiffusion, preset: Preset, run: Run) -> None:
+        super().__init__(method, base, preset, run)
+        if (preset.data.crop or 0) > self.resolution:
+            raise PresetError(f"data.crop={preset.data.crop} does not fit into pictures of {self.resolution} px")
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         data, seed = self.preset.data, self.preset.seed
