@@ -11,7 +11,7 @@ from studio.bases.stable_diffusion import StableDiffusion
 from studio.bases.sticker_video.building import paper_unet, video_around, with_words
 from studio.bases.sticker_video.conditioning import Anchor, ClipCondition, blended, network_input, predicted
 from studio.bases.sticker_video.family import StickerVideo
-from studio.bases.sticker_video.layers import Frames, attend_plainly, with_neighbours
+from studio.bases.sticker_video.layers import Frames, TextSummary, attend_plainly, with_neighbours
 from studio.method import method_from
 from studio.objective import Diffusion
 
@@ -267,7 +267,7 @@ def test_layers_over_time_are_told_of_rate_loop_and_text_and_padding_still_chang
         garbage = noisy.clone()
         garbage[1, :, 2:] = torch.nan
         assert torch.equal(predicted(unet, garbage, time, text, condition, "zero")[1, :, :2], whole[1, :, :2])
-        unet.text_summary.look.weight.zero_()
+        unet.text_summary.mark.weight.zero_()
         unet.text_summary.proj.weight.zero_()
         unmoved = predicted(unet, noisy, time, text, condition, "zero")
         assert not torch.allclose(unmoved[:, :, :2], whole[:, :, :2])
@@ -275,6 +275,15 @@ def test_layers_over_time_are_told_of_rate_loop_and_text_and_padding_still_chang
         one = predicted(unet, noisy[:, :, :1], time, text, still, "zero")
         unet.text_summary.proj.bias.add_(1)
         assert torch.equal(one, predicted(unet, noisy[:, :, :1], time, text, still, "zero"))
+
+
+def test_a_word_is_found_whole_among_any_number_of_others():
+    summary = TextSummary(8, 4)
+    torch.nn.init.normal_(summary.proj.weight)
+    words = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    longer = torch.cat([words, words[:, 2:].expand(1, 20, 8)], 1)
+    assert torch.allclose(summary(words), summary(longer), atol=1e-6)
+    assert not torch.allclose(summary(words), summary(words[:, 1:]), atol=1e-3)
 
 
 def test_plain_attention_gives_the_same_with_and_without_padding(moving):

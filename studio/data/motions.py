@@ -2,9 +2,9 @@
 
 A procedural source of clips with transparency, as the sticker world is one of pictures. Everything is a function of a
 numpy generator. Pairs of a glyph and a motion are split, so that a network can be asked for a fox that it never saw
-bounce although it knows foxes and bouncing. Most clips begin where their motion begins: a text does not tell where in a
-motion a clip begins, and of clips that begin anywhere the mean does not move, which is all that noise leaves to be told.
-t is the time in seconds, c the cycles a second, a the size of a motion.
+bounce although it knows foxes and bouncing. Most clips begin where their motion begins: a text does not tell where in
+a motion a clip begins, and the mean of clips that begin anywhere does not move, which is all that a network can draw of
+a motion while all is noise. t is the time in seconds, c the cycles a second, a the size of a motion.
 """
 
 from __future__ import annotations

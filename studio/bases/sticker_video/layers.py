@@ -99,16 +99,19 @@ class LowRankChange(nn.Module):
 
 
 class TextSummary(nn.Module):
-    """One vector (B, E) of a text (B, L, D), for the whole clip: what learned looks find in it. Zero at the start."""
+    """One vector (B, E) of a text (B, L, D), for the whole clip. Zero at the start.
 
-    def __init__(self, text_width: int, width: int, looks: int = 4) -> None:
+    A mark is the most that any token has of a direction, so one word among many is found whole. A weighted mean over
+    tokens found no motions: after 1,400 steps their words had less of its weight than each of the padding tokens.
+    """
+
+    def __init__(self, text_width: int, width: int, marks: int = 256) -> None:
         super().__init__()
-        self.look = nn.Linear(text_width, looks)
-        self.proj = zeroed(nn.Linear(looks * text_width, width))
+        self.mark = nn.Linear(text_width, marks)
+        self.proj = zeroed(nn.Linear(marks, width))
 
     def forward(self, text: Tensor) -> Tensor:
-        seen = self.look(text).softmax(1).transpose(1, 2) @ text
-        return self.proj(seen.flatten(1))
+        return self.proj(self.mark(text).amax(1))
 
 
 class MaskedTemporalAttention(nn.Module):
