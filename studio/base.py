@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from studio.adapter import Adapter, BaseIdentity
 from studio.attachment import Site, find_sites
-from studio.errors import AdapterError, PresetError, nearest
+from studio.errors import AdapterError, PresetError, nearest, reason_of
 from studio.method import PatchMethod, matches
 from studio.patch import Patch
 
@@ -185,7 +185,7 @@ class Base(ABC):
         try:
             self._enable_xformers()
         except (ModuleNotFoundError, ValueError, NotImplementedError, RuntimeError) as error:
-            return f"attention: sdpa (no xformers: {str(error).splitlines()[0]})"
+            return f"attention: sdpa (no xformers: {reason_of(error)})"
         self.attention = "xformers"
         return "attention: xformers"
 

@@ -18,7 +18,7 @@ from studio.commands.merge import merge
 from studio.commands.slots import slots
 from studio.commands.sticker import sticker
 from studio.commands.ui import ui
-from studio.errors import RequestError, StudioError
+from studio.errors import RequestError, StudioError, reason_of
 from studio.terminal import (
     CountProgress,
     StopSignal,
@@ -126,7 +126,7 @@ def _follow(training: Any, as_json: bool) -> None:
                     break  # nothing is trained yet, so there is nothing to save
                 last = event
         except (StudioError, MemoryError, RuntimeError) as error:
-            text = error.message if isinstance(error, StudioError) else str(error).splitlines()[0]
+            text = error.message if isinstance(error, StudioError) else reason_of(error)
             if training.run.events_path.exists():
                 training.run.append(Event("failed", last.step if last else 0, {"error": text}))
             if isinstance(error, RuntimeError) and "out of memory" not in text and "allocate" not in text:

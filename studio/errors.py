@@ -61,6 +61,11 @@ class NonFiniteLoss(WorkError): ...
 class DiskError(WorkError): ...
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says first; its kind, if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint that names the choice nearest to a mistyped word, or else all of them."""
     choices = sorted(choices)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
-from studio.errors import PresetError, nearest
+from studio.errors import PresetError, nearest, reason_of
 from studio.method import Method, describe, method_from
 from studio.paths import presets_dir
 
@@ -188,7 +188,7 @@ def read_preset(name: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PresetError(f"'{path}' is no YAML: {str(error).splitlines()[0]}") from None
+        raise PresetError(f"'{path}' is no YAML: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise PresetError(f"'{path}' holds no preset", "a preset is a list of 'key: value' lines")
     start = content.pop("extends", None)

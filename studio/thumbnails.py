@@ -181,7 +181,9 @@ def _read(text: Any) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    from studio.errors import reason_of
+
+    text = reason_of(error)
     return "is no picture that can be read" if "cannot identify" in text else text[:200]
 
 

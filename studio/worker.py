@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from studio import jobs
-from studio.errors import StudioError
+from studio.errors import StudioError, reason_of
 
 PREVIEWS = 5  # intermediate pictures of each drawing
 LOOK_EVERY_SECONDS = 1.0
@@ -116,7 +116,7 @@ class Worker:
             except StudioError as error:
                 self.say(request, error=error.message, hint=error.hint)
             except (RuntimeError, ValueError, MemoryError) as error:
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                text = reason_of(error)
                 self.say(request, error=text, hint="try a smaller size, or fewer adapters")
 
     def say(self, request: dict[str, Any], **answer: Any) -> None:

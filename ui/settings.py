@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from studio.errors import PresetError, nearest
+from studio.errors import PresetError, nearest, reason_of
 from studio.schemas import schemas
 from ui import fields, form
 from ui.form import Field
@@ -142,7 +142,7 @@ def from_yaml(text: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PresetError(f"this is no YAML: {str(error).splitlines()[0]}") from None
+        raise PresetError(f"this is no YAML: {reason_of(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("method"), dict | str):
         raise PresetError("a preset is a list of 'key: value' lines, one of which is 'method'")
     if isinstance(content["method"], str):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.bases.folder import CONFIG, INDEX, choose_weights, open_folder, parts_of
-from studio.errors import BaseError, StudioError
+from studio.errors import BaseError, StudioError, reason_of
 from studio.files import disk_error
 
 PATIENCE_SECONDS = 10
@@ -98,5 +98,5 @@ def explain(repo: str, error: Exception) -> StudioError | None:
         hint = "check the spelling, owner/name; a private one needs 'hf auth login'"
         return BaseError(f"there is no '{repo}' on the hub, and no such folder here", hint)
     if isinstance(error, HfHubHTTPError):
-        return BaseError(f"the hub refused '{repo}': {str(error).splitlines()[0]}", "try again later")
+        return BaseError(f"the hub refused '{repo}': {reason_of(error)}", "try again later")
     return disk_error(Path("the hub's cache"), error) if isinstance(error, OSError) else None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from studio.data.melodies.modes import MODES
 from studio.data.stickers import COLOURS, TINTS
-from studio.errors import PresetError, StudioError, nearest
+from studio.errors import PresetError, StudioError, nearest, reason_of
 from studio.evaluate.protocol import read_protocol
 from studio.files import slugify
 from studio.method import describe
@@ -237,7 +237,7 @@ def read_study(name: str) -> tuple[str, Any]:
         kind = MotionStudy if isinstance(content, dict) and "arms" in content else Study
         study = kind.model_validate(content)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PresetError(f"the study '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+        raise PresetError(f"the study '{path}' cannot be read: {reason_of(error)}") from None
     except ValidationError as error:
         message, hint = describe(error, kind)
         raise PresetError(f"the study '{path}': {message}", hint) from None

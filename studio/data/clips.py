@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from studio.errors import DataError
+from studio.errors import DataError, reason_of
 
 PICTURES = (".png", ".apng", ".gif", ".webp", ".jpg", ".jpeg")
 VIDEOS = (".webm", ".mp4", ".mov")
@@ -116,7 +116,7 @@ def walk(path: Path, content: BinaryIO | None = None) -> Iterator[tuple[Image.Im
         else:
             yield from _walk_picture(path, content)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"'{path}' is no picture: {str(error).splitlines()[0]}", "remove it") from None
+        raise DataError(f"'{path}' is no picture: {reason_of(error)}", "remove it") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise DataError(f"'{path}' is damaged or truncated: {error}", "copy it again, or remove it") from None
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studio.errors import RequestError, WorkError
+from studio.errors import RequestError, WorkError, reason_of
 from studio.files import disk_error
 
 WRITTEN = (".wav", ".flac")
@@ -63,7 +63,7 @@ def read_sound(path: Path, start_seconds: float = 0.0, seconds: float | None = N
             file.seek(min(round(start_seconds * rate), len(file)))
             array = file.read(-1 if seconds is None else round(seconds * rate), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
-        reason = str(error).removeprefix("Error opening ").splitlines()[0]
+        reason = reason_of(error).removeprefix("Error opening ")
         raise UnusableSound(f"cannot be read as sound: {reason.split(': ')[-1]}") from None
     return Sound(torch.from_numpy(np.ascontiguousarray(array.T)), rate)
 

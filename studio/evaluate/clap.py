@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from studio.data.sounds import Sound
-from studio.errors import MissingPart
+from studio.errors import MissingPart, reason_of
 from studio.evaluate.frechet import frechet
 from studio.evaluate.recital import Recital
 
@@ -36,7 +36,7 @@ class Clap:
             self.model: Any = ClapModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             self.processor: Any = ClapProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise MissingPart(f"'{folder}' cannot be loaded as CLAP: {reason}") from None
 
     @torch.no_grad()

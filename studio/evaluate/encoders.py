@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from studio.errors import MissingPart
+from studio.errors import MissingPart, reason_of
 from studio.evaluate.exhibit import Exhibit
 from studio.evaluate.metrics import FeatureMetric
 
@@ -99,7 +99,7 @@ def _guarded(load: Any, folder: Path) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise MissingPart(
             f"'{folder}' cannot be loaded: {reason}", "it should hold config, preprocessor and safetensors weights"
         ) from None

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from studio.data.sticker_pool import to_pixels
 from studio.data.stickers import COLOURS, PATTERNS, POSITIONS, SIZES, TINTS, Scene
-from studio.errors import DataError, MissingPart
+from studio.errors import DataError, MissingPart, reason_of
 from studio.files import write_atomically
 from studio.paths import assets_dir
 
@@ -185,7 +185,7 @@ def load_judge(folder: Path | None = None) -> Judge:
         judge = Judge(content["glyphs"], content["facts"])
         judge.load_state_dict({name: t.float() for name, t in load_file(folder / "judge.safetensors").items()})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise MissingPart(
             f"the judge in '{folder}' cannot be read: {reason}", "get assets/judge again from the project"
         ) from None

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from studio.data.clips import Clip
 from studio.data.motions import MOTIONS
-from studio.errors import DataError, MissingPart
+from studio.errors import DataError, MissingPart, reason_of
 from studio.files import write_atomically
 from studio.paths import assets_dir
 
@@ -119,7 +119,7 @@ def load_motion_judge(folder: Path | None = None) -> MotionJudge:
         judge = MotionJudge(content["facts"])
         judge.load_state_dict({name: t.float() for name, t in load_file(folder / "judge.safetensors").items()})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise MissingPart(
             f"the judge of motions in '{folder}' cannot be read: {reason}",
             "train one: studio train --preset motion-judge",

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from studio.adapter import Card
 from studio.data.captions import put_words
-from studio.errors import PresetError, nearest
+from studio.errors import PresetError, nearest, reason_of
 from studio.method import describe
 from studio.paths import presets_dir
 
@@ -88,7 +88,7 @@ def read_protocol(name: str) -> Protocol:
             content = {**read_protocol(content.pop("extends")).model_dump(), **content}
         return Protocol.model_validate(content)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PresetError(f"the protocol '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+        raise PresetError(f"the protocol '{path}' cannot be read: {reason_of(error)}") from None
     except ValidationError as error:
         message, hint = describe(error, Protocol)
         raise PresetError(f"the protocol '{path}': {message}", hint) from None

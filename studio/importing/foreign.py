@@ -13,7 +13,7 @@ from torch import Tensor
 
 from studio.base import Base
 from studio.deltas import Dense, LowRank, WeightDelta
-from studio.errors import AdapterError, nearest
+from studio.errors import AdapterError, nearest, reason_of
 from studio.importing.layers import hadamard_of, kronecker_of, low_rank_of, renormalised, rotated
 from studio.importing.names import SiteNames
 from studio.importing.peft import PeftScale, scales_in_header, scales_of_folder
@@ -98,7 +98,7 @@ class ForeignFile(Source):
         try:
             delta = _fitted(self._delta(site, own, shape, weights), shape)
         except (AdapterError, RuntimeError) as error:  # torch's own words for factors that do not go together
-            reason = str(error).splitlines()[0]
+            reason = reason_of(error)
             raise AdapterError(f"'{self.file.path}', layer '{self.spelled[site]}': {reason}") from None
         bias = own.get("diff_b", own.get("b_norm"))
         return delta, bias

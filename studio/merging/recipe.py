@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from studio.deltas.coding import Code
-from studio.errors import RequestError
+from studio.errors import RequestError, reason_of
 from studio.method import describe, matches
 
 
@@ -107,7 +107,7 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise RequestError(f"cannot read the recipe '{path}': {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"'{path}' is not YAML: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"'{path}' is not YAML: {reason_of(error)}") from None
     recipe = make_recipe(content)
     parts = tuple(part.model_copy(update={"adapter": _beside(path, part.adapter)}) for part in recipe.adapters)
     return recipe.model_copy(update={"adapters": parts})
