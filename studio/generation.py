@@ -189,7 +189,7 @@ def clip_paths(out: Path | None, count: int, prompt: str, force: bool) -> list[P
     out = out or Path(f"{slugify(prompt)[:40]}.webp")
     if out.suffix and out.suffix.lower() not in CLIP_ENDINGS:
         raise RequestError(f"cannot write clips as '{out.suffix}'", f"use {', '.join(CLIP_ENDINGS)}")
-    return _numbered(out, count, ".webp", force)
+    return free_paths(out, count, ".webp", force)
 
 
 SOUND_ENDINGS = (".wav", ".flac")
@@ -202,7 +202,7 @@ def sound_paths(out: Path | None, count: int, prompt: str, force: bool) -> list[
     out = out or Path(f"{slugify(prompt)[:40]}.wav")
     if out.suffix and out.suffix.lower() not in SOUND_ENDINGS:
         raise RequestError(f"cannot write sounds as '{out.suffix}'", f"use {' or '.join(SOUND_ENDINGS)}")
-    return _numbered(out, count, ".wav", force)
+    return free_paths(out, count, ".wav", force)
 
 
 def picture_paths(out: Path | None, count: int, prompt: str, force: bool) -> list[Path]:
@@ -216,10 +216,10 @@ def picture_paths(out: Path | None, count: int, prompt: str, force: bool) -> lis
             known = "a sound or video format" if out.suffix.lower() in (".wav", ".mp4", ".flac", ".webm") else "unknown"
             raise RequestError(f"cannot write pictures as '{out.suffix}': {known}", "use .png, .jpg or .webp")
         assert formats
-    return _numbered(out, count, ".png", force)
+    return free_paths(out, count, ".png", force)
 
 
-def _numbered(out: Path, count: int, ending: str, force: bool) -> list[Path]:
+def free_paths(out: Path, count: int, ending: str, force: bool) -> list[Path]:
     """One file, numbered files, or files in a folder. Raises RequestError for what exists."""
     if out.suffix:
         paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{number:03d}") for number in range(count)]

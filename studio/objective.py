@@ -18,9 +18,14 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Times in (0, 1) moved towards noise, as Stable Diffusion 3 does for large pictures (equation 23)."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
 class Objective(Protocol):
-    def draw_time(self, generator: torch.Generator) -> Tensor:
-        """A random time, a 0-d tensor on the CPU."""
+    def draw_time(self, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """A random time, moved towards noise by `shift`, a 0-d tensor on the CPU."""
         ...
 
     def noised(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor: ...
@@ -46,8 +51,10 @@ class Diffusion:
     alphas_cumprod: Tensor
     prediction_type: str
 
-    def draw_time(self, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.alphas_cumprod), (), generator=generator)
+    def draw_time(self, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        count = len(self.alphas_cumprod)
+        drawn = torch.randint(count, (), generator=generator)
+        return (shifted((drawn.double() + 0.5) / count, shift) * count).long()
 
     def _scales(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         a_squared = self.alphas_cumprod.double()[time.cpu()]
@@ -82,14 +89,13 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Times in (0, 1), logit-normal as in Stable Diffusion 3, shifted towards noise by `shift` (equation 23)."""
+    """Times in (0, 1), logit-normal as in Stable Diffusion 3, shifted towards noise by `shift`."""
 
     shift: float = 1.0
     train_timesteps: int = 1000
 
-    def draw_time(self, generator: torch.Generator) -> Tensor:
-        t = torch.sigmoid(torch.randn((), generator=generator))
-        return self.shift * t / (1 + (self.shift - 1) * t)
+    def draw_time(self, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        return shifted(torch.sigmoid(torch.randn((), generator=generator)), self.shift * shift)
 
     def noised(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         t = _per_sample(time, clean)

@@ -103,6 +103,7 @@ def test_an_existing_picture_is_kept_unless_forced(studio, tiny_base_folder, tmp
     path.write_bytes(b"mine")
     command = ("generate", "a cat", "--base", tiny_base_folder, "--steps", 1, "--out", path)
     assert refused(studio(*command), "x.png", "--force")
+    assert refused(studio("generate", "a", "--base", tmp_path / "nowhere", "--out", path), "x.png")  # nothing is loaded
     assert path.read_bytes() == b"mine"
     assert studio(*command, "--force")[0] == 0
 

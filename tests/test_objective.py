@@ -90,3 +90,14 @@ def test_times_are_drawn_over_the_whole_process_from_the_generator_alone():
         assert draws == again
         assert 0 <= min(draws) < 0.25 * top
         assert 0.75 * top < max(draws) <= top
+
+
+def test_a_shift_moves_times_towards_noise_as_equation_23_says():
+    def drawn(objective, shift):
+        return [float(objective.draw_time(torch.Generator().manual_seed(i), shift)) for i in range(300)]
+
+    diffusion = ddpm("v_prediction")[1]
+    plain = [int(torch.randint(1000, (), generator=torch.Generator().manual_seed(i))) for i in range(300)]
+    assert drawn(diffusion, 1.0) == plain
+    assert drawn(diffusion, 4.0) == [int(1000 * 4 * u / (1 + 3 * u)) for u in ((t + 0.5) / 1000 for t in plain)]
+    assert drawn(FlowMatching(shift=2.0), 1.5) == drawn(FlowMatching(), 3.0)

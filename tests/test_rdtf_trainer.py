@@ -298,6 +298,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_ba
 
 
 @needs_font
+def test_shifted_times_are_those_of_training_and_validation_stays_as_it_was(tmp_path, tiny_base_folder):
+    def task(shift):
+        planned = plan(Order(small_preset(tmp_path, tiny_base_folder, timestep_shift=shift), run=tmp_path / f"{shift}"))
+        return planned.preset.method.task(planned.base, planned.preset, planned.run)
+
+    uniform, shifted = task(1.0), task(9.0)
+    clips = uniform.pool.draw(0, 0, range(2), True) * 20
+    draws = [draw_mask("text", clip.count, np.random.default_rng(0)) for clip in clips]
+
+    def level(task, training):
+        return task._loss(clips, draws, [(0, number) for number in range(40)], training)[1].mean()
+
+    assert level(shifted, True) > level(uniform, True) + 0.2
+    assert level(shifted, False) == level(uniform, False)
+
+
+@needs_font
 @pytest.mark.parametrize(
     "method",
     [

@@ -59,10 +59,12 @@ def generate(
     """
     from studio.base import Request
     from studio.bases.registry import load_base
-    from studio.generation import given_frames, missing_triggers, parse_use, wearing, works_of
+    from studio.generation import free_paths, given_frames, missing_triggers, parse_use, wearing, works_of
     from studio.regions.drawing import drawing
 
     width, height = _parse_size(size)
+    if out_path is not None and out_path.suffix:
+        free_paths(out_path, count, "", force)  # told before anything is loaded
     uses = [parse_use(text) for text in adapter or ()]
     layout = _layout(region, feather, apart, distance)
     called = _called(prompt, bank, uses)

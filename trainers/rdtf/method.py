@@ -69,6 +69,11 @@ class Rdtf(Method):
     curriculum: Mode = Field("adaptive", description="How tasks are chosen: none, linear, paper or adaptive.")
     curriculum_end: float = Field(0.5, gt=0, le=1, description="Share of the steps after which it is at its hardest.")
     image_dropout: float = Field(0.1, ge=0, le=1, description="Share of samples trained without their given frames.")
+    timestep_shift: float = Field(
+        1.0,
+        gt=0,
+        description="Moves times towards noise, where text decides what moves: SD3's equation 23. 1: uniform.",
+    )
     both_dropout: float = Field(0.05, ge=0, le=1, description="Share trained with neither frames nor caption.")
     paper_compat: bool = Field(
         False, description="The published loss: given frames count, and a clip of n frames weighs n / F."

@@ -153,17 +153,18 @@ class ClipTask(Task):
         ]
 
     def _loss(
-        self, clips: Sequence[EncodedClip], draws: Sequence[Draw], keys: Sequence[tuple], dropout: bool = True
+        self, clips: Sequence[EncodedClip], draws: Sequence[Draw], keys: Sequence[tuple], training: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The loss of each clip and its noise level in [0, 1]."""
         generators = [torch_generator("clip noise", *key) for key in keys]
-        dropped = [self._dropped(g) if dropout else (False, False) for g in generators]
+        dropped = [self._dropped(g) if training else (False, False) for g in generators]
         given = [() if image else draw.given for draw, (_, image) in zip(draws, dropped)]
         captions = [
             "" if no_text or not draw.told else clip.caption for clip, draw, (no_text, _) in zip(clips, draws, dropped)
         ]
-        loss, times = denoising_losses(self.base, clips, given, captions, generators, self.method.paper_compat)
-        objective = self.base.objective
+        objective, compat = self.base.objective, self.method.paper_compat
+        shift = self.method.timestep_shift if training else 1.0
+        loss, times = denoising_losses(self.base, clips, given, captions, generators, compat, shift)
         if self.preset.min_snr_gamma:
             loss = loss * objective.min_snr_weight(times, self.preset.min_snr_gamma).to(loss.device)
         return loss, times.float() / max(1.0, float(getattr(objective, "train_timesteps", 1000)))
@@ -204,7 +205,7 @@ class ClipTask(Task):
         for count in sorted({clip.count for clip in clips}):
             rows = [i for i, clip in enumerate(clips) if clip.count == count]
             keys = [("validation", i) for i in rows]
-            losses.append(self._loss([clips[i] for i in rows], [draws[i] for i in rows], keys, dropout=False)[0])
+            losses.append(self._loss([clips[i] for i in rows], [draws[i] for i in rows], keys, training=False)[0])
         return float(torch.cat(losses).mean())
 
     def draw_samples(self, step: int) -> Iterator[Event]:

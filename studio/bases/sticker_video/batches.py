@@ -40,12 +40,16 @@ def denoising_losses(
     captions: Sequence[str],
     generators: Sequence[torch.Generator],
     paper_compat: bool = False,
+    shift: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each clip and the time it was noised to, (B,) each; a clip's noise is a function of its generator."""
+    """The loss of each clip and the time it was noised to, (B,) each; a clip's noise is a function of its generator.
+
+    `shift` moves times towards noise.
+    """
     objective, device = base.objective, base.device
     clean, condition = batch_of(clips, given)
     clean = clean.to(device)
-    times = torch.stack([objective.draw_time(g) for g in generators])
+    times = torch.stack([objective.draw_time(g, shift) for g in generators])
     # Noise frame by frame, so that a clip's own frames get the same however far it is padded.
     frames, shape = clean.shape[2], (clean.shape[1], *clean.shape[3:])
     noises = [clip_noise(frames, shape, base.pipe.config.noise_share, g) for g in generators]
