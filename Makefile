@@ -9,12 +9,12 @@ GPU ?= $(if $(shell command -v nvidia-smi),1,)
 # A Chromium adds what the tests in a browser need.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 comma := ,
-EXTRAS := dev$(if $(GPU),$(comma)gpu,)$(if $(CHROMIUM),$(comma)browser,)
+EXTRAS := dev$(comma)video$(if $(GPU),$(comma)gpu,)$(if $(CHROMIUM),$(comma)browser,)
 
 .PHONY: studio test setup lint clean
 
 studio: setup
-	@echo "== training the example subject on the bundled base (under three minutes on two cores)"
+	@echo "== training the example subject on the bundled base (a few minutes on two cores)"
 	$(BIN)/studio train --preset subject
 
 test: setup lint

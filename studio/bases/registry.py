@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio.bases import folder, hub
 from studio.bases.quiet import quiet_libraries
-from studio.errors import BaseError, StudioError, nearest
+from studio.errors import BaseError, StudioError, nearest, reason_of
 from studio.paths import assets_dir
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _told_plainly(name: str) -> Iterator[None]:
     except (StudioError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        reason = reason_of(error)[:300]
         raise BaseError(f"'{name}' cannot be loaded: {reason}", "copy or download it again") from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.errors import BaseError, RequestError
+from studio.errors import BaseError, RequestError, reason_of
 from studio.files import write_atomically
 
 MAIN, SOUND = "ldm/pytorch_model_ldm.bin", "vae/pytorch_model_vae.bin"
@@ -118,7 +118,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever the unpickler says of a file that is something else
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        reason = reason_of(error)[:200]
         raise BaseError(f"'{file}' is no file of tensors: {reason}", "download it again from its authors") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise BaseError(f"'{file}' holds more than tensors", "download it again from its authors")
@@ -186,5 +186,5 @@ def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        reason = reason_of(error)[:200]
         raise BaseError(f"there is no tokenizer '{name}': {reason}", "give a folder that holds its files") from None
