@@ -74,13 +74,19 @@ def test_cross_entropy_of_a_sure_and_right_network_is_zero():
     assert torch.allclose(token_losses(right, labels), torch.zeros(2), atol=1e-6)
 
 
-def test_the_first_codebook_may_count_more():
+def test_some_codes_may_count_more():
     _, labels = delayed(torch.tensor([[[0, 1, 2], [1, 2, 0]]]), 3)
     logits = torch.zeros(1, 2, 4, 3)
     logits[:, 0] = torch.tensor([0.0, 1.0, 2.0])
+    logits[:, 1, 2] = torch.tensor([0.0, 0.0, 5.0])  # the step in which the second codebook has its second frame
+    weights = torch.tensor([[[3.0, 3.0, 3.0], [1.0, 1.0, 1.0]]])
     first, second = (token_losses(logits[:, k : k + 1], labels[:, k : k + 1]) for k in (0, 1))
     torch.testing.assert_close(token_losses(logits, labels), (first + second) / 2)
-    torch.testing.assert_close(token_losses(logits, labels, 3.0), (3 * first + second) / 4)
+    torch.testing.assert_close(token_losses(logits, labels, weights), (3 * first + second) / 4)
+    weights = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+    torch.testing.assert_close(
+        token_losses(logits, labels, weights), torch.logsumexp(torch.tensor([[0.0, 0.0, 5.0]]), 1) - 5.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -179,6 +179,23 @@ def test_a_decoder_learns_on_the_codes_of_the_codec_that_it_is_given(tmp_path, c
     assert not all(equal for key, equal in same.items() if key.startswith("text_encoder."))
 
 
+def test_frames_count_more_in_which_a_piece_of_the_batch_begins_a_note(tmp_path, codec_run):
+    settings = (*DECODER, *QUIET, f"method.init_from={codec_run / 'base'}", "method.note_beginnings=5")
+    training = plan(Order("base-melody", run=tmp_path / "run", settings=settings))
+    task = training.preset.method.task(training.base, training.preset, training.run)
+    codes, captions = task.pool.batch(4, 0, range(2))
+    keys = task.pool.keys(4, 0, range(2))
+    weights = task._weights(keys, codes)
+    assert weights.shape == codes.shape
+    assert torch.equal(weights[:, 1:], torch.ones(2, 3, 50))
+    for key, caption, row in zip(keys, captions, weights[:, 0], strict=True):
+        piece = draw_melody(key, 1.0, 12_000, task.preset.data.traditions, taught=True)
+        assert caption.startswith(piece.caption)
+        begun = {int(note.start * 50) + i for note in piece.score.notes for i in range(5)} & set(range(50))
+        assert {frame for frame in range(50) if row[frame] == 20} == begun
+        assert row.sum() == 4 * (50 + 4 * len(begun))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

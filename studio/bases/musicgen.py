@@ -206,8 +206,8 @@ class MusicGen(Base):
         meant = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
         return {"text": text, "mask": told.attention_mask * meant[:, None]}
 
-    def losses(self, codes: Tensor, condition: Condition, first: float = 1.0) -> Tensor:
-        """Cross-entropy of each sample, (B,), in nats per code; the first codebook counts `first` times."""
+    def losses(self, codes: Tensor, condition: Condition, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy of each sample, (B,), in nats per code, which count as `weights` (B, K, F) say."""
         from transformers.modeling_outputs import BaseModelOutput
 
         inputs, labels = delayed(codes.to(self.device), self.denoiser.config.decoder.pad_token_id)
@@ -218,7 +218,7 @@ class MusicGen(Base):
             decoder_input_ids=inputs.flatten(0, 1),
             use_cache=False,
         ).logits
-        return token_losses(logits.view(*labels.shape, -1), labels, first)
+        return token_losses(logits.view(*labels.shape, -1), labels, weights)
 
     # -- playing -----------------------------------------------------------------------------------------------
 

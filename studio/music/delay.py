@@ -32,12 +32,13 @@ def undelayed(tokens: Tensor) -> Tensor:
     return torch.stack([tokens[:, k, k : k + frames] for k in range(codebooks)], 1)
 
 
-def token_losses(logits: Tensor, labels: Tensor, first: float = 1.0) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of each sample in nats, (B,), over frames and codebooks; logits (B, K, S, V).
 
-    The first codebook counts `first` times as much as each other.
+    `weights`: how much each of the codes counts, (B, K, F), before they were delayed. Default: all the same.
     """
     losses = F.cross_entropy(logits.flatten(0, 2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    weights = (labels != IGNORED).float()
-    weights[:, 0] *= first
-    return (losses.view(labels.shape) * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+    counts = (labels != IGNORED).float()
+    if weights is not None:
+        counts = counts * delayed(weights.to(counts), 0)[1]
+    return (losses.view(labels.shape) * counts).flatten(1).sum(1) / counts.flatten(1).sum(1)

@@ -62,6 +62,12 @@ class ScratchMusic(Method):
         gt=0,
         description="Decoder: how many times as much the first codebook counts, which decides what is played.",
     )
+    note_beginnings: float = Field(
+        1.0,
+        gt=0,
+        description="Decoder: how many times as much the first frames of a note count in the first codebook: what they "
+        "choose, all others go on with.",
+    )
     spectral_weight: float = Field(
         0.3, ge=0, description="Codec: weight of the spectra's distance against the wave's relative squared error."
     )

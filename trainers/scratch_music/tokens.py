@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
+from studio.data.melodies.source import score_of
 from studio.data.sounds import Sound
 from studio.errors import PresetError
 from studio.keyed import numpy_generator, torch_generator
@@ -30,6 +31,7 @@ PIECE_SECONDS = 4.0  # of what the codec's crops are taken from
 FIRST_FRAMES = 64  # crops that codebooks begin with
 VALIDATION_PIECES = 16
 OPENINGS = (1.0, 0.5, 0.25, 0.125)  # of a piece, what a batch has of it
+BEGINNING = 5  # frames of a note in which its pitch is chosen: the first of plucked strings, the third of slow attacks
 
 
 class CodecTask(MusicTask):
@@ -157,7 +159,23 @@ class DecoderTask(MusicTask):
         told = [
             "" if float(torch.rand((), generator=torch_generator(*k))) < dropout else c for k, c in zip(keys, captions)
         ]
-        return self.base.losses(codes.long(), self.base.encode_prompts(told), self.method.first_codebook)
+        weights = self._weights(self.pool.keys(step, micro, slots), codes)
+        return self.base.losses(codes.long(), self.base.encode_prompts(told), weights)
+
+    def _weights(self, keys: list[tuple[object, ...]], codes: Tensor) -> Tensor:
+        """How much each of the codes (B, K, F) of the pieces of these keys counts."""
+        weights = torch.ones(codes.shape)
+        weights[:, 0] = self.method.first_codebook
+        for row, key in zip(weights, keys, strict=True):
+            for frame in self._beginnings(key):
+                row[0, frame : frame + BEGINNING] = self.method.first_codebook * self.method.note_beginnings
+        return weights
+
+    def _beginnings(self, key: tuple[object, ...]) -> list[int]:
+        """The frames in which notes of a piece begin."""
+        data, rate = self.preset.data, self.base.frame_rate_hz
+        score = score_of(key, self.piece_seconds, data.traditions, taught=self.taught, intonation=data.intonation)
+        return [int(note.start * rate) for note in score.notes]
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -54,8 +54,16 @@ class MelodyPool:
     def batch(self, step: int, micro: int, slots: range) -> tuple[Tensor, list[str]]:
         """Rows (B, ...) and captions of the samples in these slots of a step."""
         self.bring_to(step)
-        chosen = [int(numpy_generator("pool slot", self.seed, step, micro, slot).integers(self.size)) for slot in slots]
+        chosen = self._chosen(step, micro, slots)
         return torch.stack([self.rows[i] for i in chosen]), [self.captions[i] for i in chosen]
+
+    def keys(self, step: int, micro: int, slots: range) -> list[tuple[object, ...]]:
+        """The keys that the pieces of `batch` were drawn by."""
+        self.bring_to(step)
+        return [(self.seed, i, self.versions[i]) for i in self._chosen(step, micro, slots)]
+
+    def _chosen(self, step: int, micro: int, slots: range) -> list[int]:
+        return [int(numpy_generator("pool slot", self.seed, step, micro, slot).integers(self.size)) for slot in slots]
 
     def bring_to(self, step: int) -> None:
         """Renews what is not as it must be at this step."""

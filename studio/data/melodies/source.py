@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +42,27 @@ def draw_melody(
     "solo". `held_out` and `taught` are as in `draw_fields`.
     """
     rng = numpy_generator("melody", *key)
-    fields = fields or draw_fields(rng, traditions, held_out, taught)
-    caption = solo(caption_of(fields, rng), fields) if stem else caption_of(fields, rng)
-    score = compose(fields, rng, seconds, intonation)
+    score, caption = _written(rng, seconds, traditions, held_out, taught, intonation, fields)
     wave = torch.from_numpy(play(score, rng, rate_hz, stem))[None]
-    return Melody(wave, caption, score)
+    return Melody(wave, solo(caption, score.fields) if stem else caption, score)
+
+
+def score_of(
+    key: tuple[object, ...], seconds: float, traditions: Sequence[str], *, taught: bool, intonation: str
+) -> Score:
+    """The score of the piece that `draw_melody` gives for the same, at a small part of its cost."""
+    return _written(numpy_generator("melody", *key), seconds, traditions, False, taught, intonation, None)[0]
+
+
+def _written(
+    rng: np.random.Generator,
+    seconds: float,
+    traditions: Sequence[str],
+    held_out: bool,
+    taught: bool,
+    intonation: str,
+    fields: Fields | None,
+) -> tuple[Score, str]:
+    fields = fields or draw_fields(rng, traditions, held_out, taught)
+    caption = caption_of(fields, rng)
+    return compose(fields, rng, seconds, intonation), caption
