@@ -141,31 +141,35 @@ class Training:
 
     def events(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Trains; every event is stored in the run folder before it is yielded."""
+        cache = Cache(studio_home() / "cache")
+        task = self._task(cache)
         main = self.accelerator.is_main_process
         if main:
-            self.run.prepare()
-            self.run.save_preset(self.preset.to_yaml())
-            library.register_run(self.run.folder)
-            if self.card is not None and not self.resume and isinstance(self.preset.method, PatchMethod):
-                self.preset.method.begin(self.card)
-        for event in self._train(should_stop):
+            self._begin()
+        for event in self._train(task, cache, should_stop):
             if event.kind == "started":
                 event = Event("started", event.step, {**event.data, "name": self.name})
             if main and event.kind != "progress":
                 self.run.append(event)
             yield event
 
-    def _train(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
-        cache = Cache(studio_home() / "cache")
-        if isinstance(self.preset.method, PatchMethod):
-            assert self.pictures is not None
-            assert self.card is not None
-            task: Task = adapter_training(
-                self.preset.method, self.base, self.preset, self.run, self.pictures, self.card, cache
-            )
-            yield from self._warnings()
-        else:
-            task = self.preset.method.task(self.base, self.preset, self.run)
+    def _task(self, cache: Cache) -> Task:
+        """What is trained. Raises PresetError for what shows only as it is set up, before anything is written."""
+        if not isinstance(self.preset.method, PatchMethod):
+            return self.preset.method.task(self.base, self.preset, self.run)
+        assert self.pictures is not None
+        assert self.card is not None
+        return adapter_training(self.preset.method, self.base, self.preset, self.run, self.pictures, self.card, cache)
+
+    def _begin(self) -> None:
+        self.run.prepare()
+        self.run.save_preset(self.preset.to_yaml())
+        library.register_run(self.run.folder)
+        if self.card is not None and not self.resume and isinstance(self.preset.method, PatchMethod):
+            self.preset.method.begin(self.card)
+
+    def _train(self, task: Task, cache: Cache, should_stop: Callable[[], bool]) -> Iterator[Event]:
+        yield from self._warnings()
         yield from task.prepare()
         for text in cache.warnings:
             yield Event("warning", 0, {"text": text})
@@ -185,7 +189,8 @@ class Training:
                 write_report(self.run)
 
     def _warnings(self) -> Iterator[Event]:
-        assert self.pictures is not None
+        if self.pictures is None:
+            return
         for name, reason in self.pictures.report.dropped:
             yield Event("warning", 0, {"text": f"left out: '{name}' {reason}"})
         for text in self.pictures.report.warnings:

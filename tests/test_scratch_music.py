@@ -211,6 +211,7 @@ def test_frames_count_more_in_which_a_piece_of_the_batch_begins_a_note(tmp_path,
 def test_settings_that_cannot_be_are_refused_before_anything_trains(settings, message, tmp_path):
     with pytest.raises(PresetError, match=message):
         events_of("base-melody-codec", tmp_path / "run", *settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_small_mustango_trains_in_two_stages_and_what_comes_out_plays(tmp_path):
