@@ -7,7 +7,7 @@ Two stages, as their authors made theirs: what turns sound into codes or latents
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -61,6 +61,11 @@ class ScratchMusic(Method):
         1.0,
         gt=0,
         description="Decoder: how many times as much the first codebook counts, which decides what is played.",
+    )
+    openings: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (1.0, 0.5, 0.25, 0.125),
+        min_length=1,
+        description="Decoder: what a batch has of its pieces, one of these shares from their beginning.",
     )
     note_beginnings: float = Field(
         1.0,

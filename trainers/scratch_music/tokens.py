@@ -30,7 +30,6 @@ CODEBOOKS = "codebooks.safetensors"
 PIECE_SECONDS = 4.0  # of what the codec's crops are taken from
 FIRST_FRAMES = 64  # crops that codebooks begin with
 VALIDATION_PIECES = 16
-OPENINGS = (1.0, 0.5, 0.25, 0.125)  # of a piece, what a batch has of it
 BEGINNING = 5  # frames of a note in which its pitch is chosen: the first of plucked strings, the third of slow attacks
 
 
@@ -152,7 +151,8 @@ class DecoderTask(MusicTask):
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         codes, captions = self.pool.batch(step, micro, slots)
-        share = OPENINGS[int(numpy_generator("opening", self.preset.seed, step, micro).integers(len(OPENINGS)))]
+        shares = self.method.openings
+        share = shares[int(numpy_generator("opening", self.preset.seed, step, micro).integers(len(shares)))]
         codes = codes[..., : max(1, round(share * codes.shape[-1]))]
         dropout = self.preset.data.caption_dropout
         keys = [("caption", self.preset.seed, step, micro, slot) for slot in slots]
