@@ -282,10 +282,13 @@ def test_marks_are_full_for_what_was_asked_and_low_for_another_key():
     piece = draw_melody(("marks", 1), 6.0, 12_000, ("western",), fields=fields)
     heard = listen(piece.wave[0].numpy(), 12_000, judge)
     told = marks(heard, fields)
+    assert told["begins"] == 1
     assert told["in_scale"] > 0.9
     assert told["mode"] == 1
     assert told["tempo"] == 1
-    assert marks(heard, replace(fields, key="F sharp"))["in_scale"] < 0.5
+    off = marks(heard, replace(fields, key="F sharp"))
+    assert off["in_scale"] < 0.5
+    assert off["begins"] == 0
     assert KEYS[9] == "A"
 
 

@@ -27,7 +27,7 @@ from studio.base import Request
 from studio.bases.musicgen import MusicGen
 from studio.data.melodies.cycles import TEMPI
 from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo, unaccented
-from studio.data.melodies.modes import MODES, TRADITIONS
+from studio.data.melodies.modes import MODES, OCTAVE, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
 from studio.errors import DataError, StudioError
@@ -44,6 +44,7 @@ Progress = Callable[[int, int], None]
 CODEC_SECONDS = 4.0
 JUDGE_PIECES = 168
 SHOWN = 6  # prompts that the sheet has
+FIRST_NOTE = slice(3, 9)  # voiced frames
 TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
 
 
@@ -122,19 +123,27 @@ def listen(wave: NDArray[np.floating], rate_hz: int, judge: TimbreJudge) -> Hear
 def marks(heard: Heard, fields: Fields) -> dict[str, float]:
     """How a sound does against fields, each in [0, 1] or NaN.
 
-    `in_scale` is for keys, which say where the tonic is; `mode` says whether the mode is the likeliest of its tradition
-    (with the tonic unknown, but for western music); `tempo` whether the tempo is what the word means, up to octaves.
+    `begins` (the first note is where melodies in the mode begin) and `in_scale` are for keys, which say where the tonic
+    is; `mode` says whether the mode is the likeliest of its tradition (with the tonic unknown, but for western music);
+    `tempo` whether the tempo is what the word means, up to octaves.
     """
     modes = MODES[fields.tradition]
     known = bool(fields.key)
     cents = heard.cents - _key_cents(fields) if known else heard.cents
     scales = {name: mode.degrees for name, mode in modes.items()}
     return {
+        "begins": float(_begins_at(cents, modes[fields.mode].begins)) if known else float("nan"),
         "in_scale": in_scale_share(cents, modes[fields.mode].degrees) if known else float("nan"),
         "mode": float(len(cents) > 0 and likeliest(cents, scales, tonic_known=known) == fields.mode),
         "tempo": float(tempo_fits(heard.tempo, fields)),
         "instrument": float(heard.instrument == fields.instrument),
     }
+
+
+def _begins_at(cents: NDArray[np.float64], begins: float) -> bool:
+    """Whether the first pitch, once it has settled, is this degree of the tonic 0, within 50 cents in any octave."""
+    settled = cents[FIRST_NOTE]
+    return len(settled) > 0 and abs((float(np.median(settled)) - begins + OCTAVE / 2) % OCTAVE - OCTAVE / 2) < 50
 
 
 def _key_cents(fields: Fields) -> float:
