@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
 from studio.data.melodies.cycles import TEMPI
-from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo, unaccented
+from studio.data.melodies.fields import KEYS, Fields, caption_of, draw_fields, solo, unaccented
 from studio.data.melodies.modes import MODES, OCTAVE, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
@@ -93,7 +94,7 @@ def _usage(codes: torch.Tensor) -> list[dict[str, float]]:
 # -- prompts ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heard:
     """What the measures make of one sound: cents above A4, beats a minute, and the instrument's name."""
 
@@ -127,14 +128,12 @@ def marks(heard: Heard, fields: Fields) -> dict[str, float]:
     is; `mode` says whether the mode is the likeliest of its tradition (with the tonic unknown, but for western music);
     `tempo` whether the tempo is what the word means, up to octaves.
     """
-    modes = MODES[fields.tradition]
-    known = bool(fields.key)
-    cents = heard.cents - _key_cents(fields) if known else heard.cents
-    scales = {name: mode.degrees for name, mode in modes.items()}
+    mode, tonic = MODES[fields.tradition][fields.mode], _tonic_cents(fields)
+    cents = heard.cents - (tonic or 0)
     return {
-        "begins": float(_begins_at(cents, modes[fields.mode].begins)) if known else float("nan"),
-        "in_scale": in_scale_share(cents, modes[fields.mode].degrees) if known else float("nan"),
-        "mode": float(len(cents) > 0 and likeliest(cents, scales, tonic_known=known) == fields.mode),
+        "begins": float("nan") if tonic is None else float(_begins_at(cents, mode.begins)),
+        "in_scale": float("nan") if tonic is None else in_scale_share(cents, mode.degrees),
+        "mode": float(_mode_of(heard, fields.tradition, tonic) == fields.mode),
         "tempo": float(tempo_fits(heard.tempo, fields)),
         "instrument": float(heard.instrument == fields.instrument),
     }
@@ -146,10 +145,16 @@ def _begins_at(cents: NDArray[np.float64], begins: float) -> bool:
     return len(settled) > 0 and abs((float(np.median(settled)) - begins + OCTAVE / 2) % OCTAVE - OCTAVE / 2) < 50
 
 
-def _key_cents(fields: Fields) -> float:
-    from studio.data.melodies.fields import KEYS
+@cache
+def _mode_of(heard: Heard, tradition: str, tonic: float | None) -> str:
+    """The likeliest mode of the tradition, or "" where no pitch was heard."""
+    scales = {name: mode.degrees for name, mode in MODES[tradition].items()}
+    return likeliest(heard.cents - (tonic or 0), scales, tonic_known=tonic is not None) if len(heard.cents) else ""
 
-    return 100.0 * (KEYS.index(fields.key) - 9)
+
+def _tonic_cents(fields: Fields) -> float | None:
+    """The tonic above A, where the fields have a key."""
+    return 100.0 * (KEYS.index(fields.key) - 9) if fields.key else None
 
 
 def tempo_fits(tempo: float, fields: Fields) -> bool:
