@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from studio.bases.sticker_video.batches import batch_of, masked_loss
+from studio.bases.sticker_video.building import PAPER_IMAGE
 from studio.bases.sticker_video.family import StickerVideo
 from studio.data import stickers
 from studio.data.clip_pool import ClipPool, EncodedClip, long_tailed_lengths
@@ -319,14 +320,18 @@ def test_shifted_times_are_those_of_training_and_validation_stays_as_it_was(tmp_
     "method",
     [
         {"backbone": "stock_unet3d", "curriculum": "none"},
+        {"backbone": "paper_unet", "text": "frozen"},
         {"batches": "padded", "curriculum": "paper", "train": "temporal"},
         {"alpha": False, "dual_mask": False, "condition_fill": "zero", "interaction": "conv", "text": "frozen"},
     ],
 )
-def test_every_variant_trains_and_the_saved_base_loads(method, tmp_path, tiny_base_folder):
+def test_every_variant_trains_and_the_saved_base_loads(method, tmp_path, tiny_base_folder, monkeypatch):
     from studio.base import Request
     from studio.bases.registry import load_base
 
+    small = {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32}
+    for key, value in small.items():
+        monkeypatch.setitem(PAPER_IMAGE, key, value)
     preset = small_preset(tmp_path, tiny_base_folder, **method)
     finished = list(plan(Order(preset, run=tmp_path / "run", steps=2)).events())[-1]
     base = load_base(finished.data["base"])
@@ -357,6 +362,7 @@ def test_requests_that_cannot_be_trained_are_refused(tmp_path, tiny_base_folder)
         (("data.resolution=17",), "multiple"),
         (("method.backbone=stock_unet3d", "method.batches=padded"), "padding"),
         (("method.backbone=stock_unet3d", "method.train=temporal"), "time"),
+        (("method.backbone=paper_unet",), "1024 wide, and that of .* is 32 wide"),
     ]:
         with pytest.raises(PresetError, match=word):
             list(plan(Order(good, run=tmp_path / "bad", settings=settings)).events())

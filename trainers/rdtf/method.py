@@ -8,7 +8,7 @@ from pydantic import Field
 
 from studio.bases.registry import bundled, load_base
 from studio.bases.stable_diffusion import StableDiffusion
-from studio.bases.sticker_video.building import video_around
+from studio.bases.sticker_video.building import PAPER_IMAGE, video_around
 from studio.bases.sticker_video.family import StickerVideo
 from studio.data import motions
 from studio.errors import PresetError
@@ -38,8 +38,10 @@ class Rdtf(Method):
     text: Literal["all", "words", "frozen"] = Field(
         "all", description="Of the text encoder, train everything, or the words' vectors alone, or nothing."
     )
-    backbone: Literal["sticker_unet", "stock_unet3d"] = Field(
-        "sticker_unet", description="Our network, which masks padding, or diffusers' UNet3DConditionModel."
+    backbone: Literal["sticker_unet", "paper_unet", "stock_unet3d"] = Field(
+        "sticker_unet",
+        description="Our network around the image base's; the same in the paper's widths (0.96 billion parameters, "
+        "text 1024 wide); or diffusers' UNet3DConditionModel. The latter two start at random.",
     )
     interaction: Literal["sti", "conv", "none"] = Field(
         "sti", description="Between residual blocks: spatial-temporal interaction, its convolution alone, or nothing."
@@ -92,12 +94,13 @@ class Rdtf(Method):
             )
         if self.backbone == "stock_unet3d" and self.batches == "padded":
             raise PresetError("method.backbone=stock_unet3d cannot mask padding", "set method.batches=bucketed")
-        options: dict[str, Any] = {}
-        if self.backbone == "sticker_unet":
-            options = {"interaction": self.interaction, "max_frames": max(16, preset.data.frames)}
-            options |= {"interaction_heads": 4, "interaction_head_dim": 16, "temporal_head_dim": 32}
-            options |= {"spatial_rank": self.spatial_rank, "temporal_told": self.temporal_told}
-            options |= {"residual_head": self.condition_spread > 0}
+        width = loaded.pipe.text_encoder.config.hidden_size
+        if self.backbone == "paper_unet" and width != PAPER_IMAGE["cross_attention_dim"]:
+            raise PresetError(
+                f"method.backbone=paper_unet is for text {PAPER_IMAGE['cross_attention_dim']} wide, and that of "
+                f"'{preset.base}' is {width} wide",
+                "set base=sd21-base, or a folder of Stable Diffusion 2",
+            )
         base = video_around(
             loaded,
             "sticker-motion",
@@ -110,10 +113,26 @@ class Rdtf(Method):
             noise_share=self.noise_share,
             keep_weights=self.spatial == "image",
             side=preset.data.resolution,
-            **options,
+            **self._options(max(16, preset.data.frames)),
         )
         base.shares_with = preset.base if preset.base in bundled() else ""
         return base
+
+    def _options(self, max_frames: int) -> dict[str, Any]:
+        """What the backbone is built with beside its widths."""
+        if self.backbone == "stock_unet3d":
+            return {}
+        options = {"max_frames": max_frames, "interaction": self.interaction}
+        if self.backbone == "paper_unet":
+            return options
+        return options | {
+            "interaction_heads": 4,
+            "interaction_head_dim": 16,
+            "temporal_head_dim": 32,
+            "spatial_rank": self.spatial_rank,
+            "temporal_told": self.temporal_told,
+            "residual_head": self.condition_spread > 0,
+        }
 
     def task(self, base: StickerVideo, preset: Preset, run: Run) -> ClipTask:
         if preset.data.source not in ("motions", "clips"):

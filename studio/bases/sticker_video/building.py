@@ -15,7 +15,7 @@ from studio.bases.stable_diffusion import StableDiffusion
 from studio.bases.sticker_video.family import StickerVideo
 from studio.bases.tiny import fixed_seed, word_tokenizer
 
-Backbone = Literal["sticker_unet", "stock_unet3d"]
+Backbone = Literal["sticker_unet", "paper_unet", "stock_unet3d"]
 
 
 def video_around(
@@ -35,9 +35,9 @@ def video_around(
 ) -> StickerVideo:
     """A clip base around an image base, which it takes over: the same VAE, text encoder and spatial weights.
 
-    `words` are added to the vocabulary. `keep_weights=False` leaves the UNet random; `side` is the pixels of a frame,
-    by default as the image base's; `options` are those of StickerUNet. The temporal layers add nothing yet, so each
-    frame is drawn as the image base draws it.
+    `words` are added to the vocabulary. `keep_weights=False` leaves the UNet random, as those of other backbones always
+    are; `side` is the pixels of a frame, by default as the image base's; `options` are those of StickerUNet. The
+    temporal layers add nothing yet, so each frame is drawn as the image base draws it.
     """
     from studio.bases.sticker_video.network import StickerUNet
     from studio.bases.sticker_video.pipeline import StickerVideoPipeline
@@ -48,6 +48,8 @@ def video_around(
     with fixed_seed(seed):
         if backbone == "stock_unet3d":
             unet = stock_unet({**old.config, "sample_size": size}, 2 * latent + 1, latent)
+        elif backbone == "paper_unet":
+            unet = paper_unet(latent, size, **options)
         else:
             unet = StickerUNet.around(old, 2 * latent + 1, latent, size, **options)
             if not keep_weights:
@@ -127,9 +129,6 @@ def with_words(tokenizer: Any, text_encoder: Any, words: Sequence[str]) -> tuple
 
 #: RDTF's table 6 and its published class: 8 frames at 256 px, text 1024 wide, heads of 64, 0.96 billion parameters.
 PAPER_IMAGE: dict[str, Any] = {
-    "sample_size": 32,
-    "in_channels": 9,
-    "out_channels": 4,
     "layers_per_block": 2,
     "block_out_channels": (320, 640, 1024, 1280),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -139,8 +138,9 @@ PAPER_IMAGE: dict[str, Any] = {
 }
 
 
-def paper_unet(max_frames: int = 16) -> Any:
+def paper_unet(latent_channels: int = 4, sample_size: int = 32, **options: Any) -> Any:
     """The paper's network, with our masks. Build it inside `torch.device("meta")` to look at it for free."""
     from studio.bases.sticker_video.network import StickerUNet
 
-    return StickerUNet(PAPER_IMAGE, max_frames=max_frames, depthwise=True, temporal_in=True)
+    channels = {"in_channels": 2 * latent_channels + 1, "out_channels": latent_channels, "sample_size": sample_size}
+    return StickerUNet(PAPER_IMAGE | channels, depthwise=True, temporal_in=True, **options)
