@@ -159,14 +159,15 @@ class DecoderTask(MusicTask):
         told = [
             "" if float(torch.rand((), generator=torch_generator(*k))) < dropout else c for k, c in zip(keys, captions)
         ]
-        weights = self._weights(self.pool.keys(step, micro, slots), codes)
-        return self.base.losses(codes.long(), self.base.encode_prompts(told), weights)
+        # The scores of pieces are needed only where the beginnings of their notes count more.
+        pieces = self.pool.keys(step, micro, slots) if self.method.note_beginnings != 1 else []
+        return self.base.losses(codes.long(), self.base.encode_prompts(told), self._weights(pieces, codes))
 
     def _weights(self, keys: list[tuple[object, ...]], codes: Tensor) -> Tensor:
-        """How much each of the codes (B, K, F) of the pieces of these keys counts."""
+        """How much each of the codes (B, K, F) counts, with the notes of the pieces of these keys."""
         weights = torch.ones(codes.shape)
         weights[:, 0] = self.method.first_codebook
-        for row, key in zip(weights, keys, strict=True):
+        for row, key in zip(weights, keys):
             for frame in self._beginnings(key):
                 row[0, frame : frame + BEGINNING] = self.method.first_codebook * self.method.note_beginnings
         return weights
