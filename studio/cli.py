@@ -73,10 +73,10 @@ def train(
                 "a resumed run keeps the settings it began with, so that it ends with the same bits",
                 f"studio train --resume --run {run}; or start a new run",
             )
-        with CountProgress("looking through pictures", 0) as looking:
+        with CountProgress("looking through files", 0) as looking:
             training = plan_resume(run, looking.show)
     else:
-        with CountProgress("looking through pictures", 0) as looking:
+        with CountProgress("looking through files", 0) as looking:
             training = plan(
                 Order(preset, data, base, method, name, run, tuple(settings or ()), steps, seed), looking.show
             )
