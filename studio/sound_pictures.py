@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -40,12 +38,12 @@ def spectrogram(wave: Wave, rate_hz: int, width: int = WIDTH, height: int = HEIG
 
 
 def pitch_histogram(
-    wave: Wave, rate_hz: int, mode: str, width: int = WIDTH, height: int = HEIGHT, tonics_hz: Sequence[float] = ()
+    wave: Wave, rate_hz: int, mode: str, width: int = WIDTH, height: int = HEIGHT, tonic_hz: float | None = None
 ) -> Image.Image:
     """How often each pitch sounds, folded into an octave above the tonic, and lines where the mode has degrees.
 
-    The tonic is the one of `tonics_hz`, by default of every tenth of a semitone, under which the line fits best. Raises
-    DataError for an unknown mode.
+    Without a tonic it is that of every tenth of a semitone under which the line fits best.
+    Raises DataError for an unknown mode.
     """
     degrees = degrees_of(mode)
     track = track_pitch(wave, rate_hz)
@@ -53,7 +51,7 @@ def pitch_histogram(
     pen = ImageDraw.Draw(picture)
     across, up = box[2] - box[0], box[3] - box[1]
     if track.voiced.any():
-        tonic = likeliest_tonic(track, degrees, tonics_hz or [220 * 2 ** (i / 120) for i in range(120)])
+        tonic = tonic_hz or likeliest_tonic(track, degrees, [220 * 2 ** (i / 120) for i in range(120)])
         counts = np.histogram((track.cents(tonic) + 50) % OCTAVE, 120, (0, OCTAVE))[0]
         for number, count in enumerate(counts):
             left = box[0] + across * number / 120

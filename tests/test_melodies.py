@@ -10,7 +10,7 @@ from studio.data.cache import Cache
 from studio.data.melodies.__main__ import main as write_melodies
 from studio.data.melodies.composing import compose, tonic_of
 from studio.data.melodies.cycles import TALAS, USULS
-from studio.data.melodies.fields import Fields, caption_of, check_fields, draw_fields, fold, vocabulary
+from studio.data.melodies.fields import PLAYED_KEYS, Fields, caption_of, check_fields, draw_fields, fold, vocabulary
 from studio.data.melodies.modes import COMMA, MAKAMS, MODES, PERFORMED, RAGAS, SWARAS, TRADITIONS
 from studio.data.melodies.playing import pitch_of, play
 from studio.data.melodies.pool import MelodyPool
@@ -134,10 +134,22 @@ def _rng():
 
 def test_a_key_is_the_concert_pitch_of_its_tonic():
     for instrument in PLAYED["western"]:
-        tonic = tonic_of(Fields("western", instrument, "major", "steady", "", "A"), _rng())
+        tonic = tonic_of(Fields("western", instrument, "major", "steady", "", "A"))
         octaves = np.log2(tonic / 440)
         assert octaves == pytest.approx(round(octaves), abs=1e-9)
         assert 0.99 <= tonic / VOICES[instrument].tonic_hz < 2
+
+
+def test_ragas_and_makams_stand_on_what_the_instrument_is_tuned_to():
+    for tradition in ("raga", "makam"):
+        for number in range(6):
+            score = draw_melody(("tonic", number), 0.5, RATE, (tradition,), stem=True).score
+            assert score.tonic_hz == VOICES[score.fields.instrument].tonic_hz
+
+
+def test_western_pieces_are_in_the_keys_that_the_world_plays_in():
+    drawn = {draw_fields(numpy_generator("keys", i), ("western",)).key for i in range(80)}
+    assert drawn == set(PLAYED_KEYS)
 
 
 def test_tempo_words_mean_beats():

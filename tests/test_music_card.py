@@ -18,8 +18,8 @@ from studio.errors import DataError, MissingPart
 from studio.evaluate.clap import Clap, clap_figures
 from studio.evaluate.frechet import embed, frechet, frechet_of, spread_of
 from studio.evaluate.lines import direction_kept, likeliest_tonic, notes_of, ornament_distance
-from studio.evaluate.music_card import figures_of, tonics_of
-from studio.evaluate.pitch import PitchTrack, track_pitch
+from studio.evaluate.music_card import figures_of
+from studio.evaluate.pitch import PitchTrack
 from studio.evaluate.recital import Played, Playing, Recital, Recording, fields_in, read_recordings
 from studio.sound_pictures import pitch_histogram, spectrogram
 from studio.waves import HEAT, LOWEST_HZ
@@ -114,15 +114,6 @@ def test_silence_fails_what_is_asked_and_breaks_nothing():
     found = figures_of(Recital(truth, truth, [], silent, silent))
     assert found["in_scale"] == found["mode_right"] == 0
     assert np.isnan(found["known_in_scale"])
-
-
-def test_a_piece_stands_on_the_tonic_of_its_key_or_on_one_of_its_instrument_s():
-    assert tonics_of(Fields("western", "flute", "minor", "", "", "A")) == [440.0]
-    piece = pieces("Saba", "makam", "oud", 1)[0]
-    track = track_pitch(piece.sound.wave[0].numpy(), RATE)
-    assert len(tonics_of(piece.fields)) == 6
-    tonic = likeliest_tonic(track, (0.0, 181.0, 294.0, 407.5, 702.0, 792.0, 996.0), tonics_of(piece.fields))
-    assert tonic in tonics_of(piece.fields)
 
 
 # -- recordings and the command ------------------------------------------------------------------------------------

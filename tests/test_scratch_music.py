@@ -10,18 +10,19 @@ from safetensors.torch import load_file
 from studio.base import Request
 from studio.bases.melody import build_melody
 from studio.bases.musicgen import MusicGen
+from studio.bases.mustango.building import melody_diffusion
 from studio.bases.registry import load_base
-from studio.data.melodies.fields import KEYS, Fields
+from studio.data.melodies.fields import KEYS, Fields, vocabulary
 from studio.data.melodies.modes import MAKAMS, RAGAS, UNTAUGHT
 from studio.data.melodies.source import draw_melody
+from studio.data.sounds import Sound
 from studio.errors import BaseError, PresetError
-from studio.evaluate.melody_card import fit_judge, listen, marks, measure_codec
+from studio.evaluate.melody_card import fit_judge, listen, marks, measure_codec, measure_prompts
 from studio.evaluate.melody_card import main as card
 from studio.music.codebooks import Codebooks, k_means, nearest
 from studio.music.score import read_score
 from studio.music.spectra import magnitudes, spectral_distance
 from studio.training import Order, plan, plan_resume
-from trainers.scratch_music.spectrograms import told
 
 CODEC = ("batch_size=2", "data.seconds=0.25", "data.pool=2", "steps=6", "checkpoint_every=3", "warmup_steps=0")
 DECODER = ("batch_size=2", "data.seconds=1", "data.pool=3", "data.refresh=1", "steps=6", "warmup_steps=0")
@@ -235,12 +236,12 @@ def test_the_small_mustango_trains_in_two_stages_and_what_comes_out_plays(tmp_pa
 def test_a_piece_is_told_by_its_beats_and_the_chord_of_its_key():
     fields = Fields("western", "flute", "minor", "waltz", "slow", "E flat")
     piece = draw_melody(("told",), 4.0, 8000, ("western",), fields=fields)
-    score = read_score(told(piece)).within(0.0, 4.0)
+    score = read_score(piece.told).within(0.0, 4.0)
     assert score.text == piece.caption
     assert [count for _, count in score.beats][:4] == [1, 2, 3, 1]
     assert score.timed_chords == (("Ebm", 0.0),)
     raga = draw_melody(("told",), 4.0, 8000, ("raga",))
-    assert read_score(told(raga)).within(0.0, 4.0).chords == ()
+    assert read_score(raga.told).within(0.0, 4.0).chords == ()
 
 
 def test_bundled_bases_are_never_taught_what_is_left_to_adapters():
@@ -302,3 +303,21 @@ def test_the_card_is_written_by_one_command(tmp_path):
     assert set(told["codec"]) >= {"western", "raga", "makam", "all", "codebooks"}
     assert len(list((tmp_path / "card").glob("codec-*.wav"))) == 3
     assert card(["sticker", "--out", str(tmp_path / "no")]) == 2
+
+
+def test_a_base_that_hears_beats_and_chords_is_told_those_of_the_true_rendering(monkeypatch):
+    base = melody_diffusion(vocabulary(), 0)
+    asked = []
+
+    def played(request):
+        asked.append(request.prompts[0])
+        return [Sound(torch.zeros(1, round(request.seconds * 8000)), 8000)]
+
+    monkeypatch.setattr(base, "generate", played)
+    found = measure_prompts(base, 2, 2.0)
+    first, second = (read_score(prompt).within(0.0, 2.0) for prompt in asked)
+    assert (first.beats[0], second.beats[0]) == ((0.0, 1), (0.0, 1))
+    assert len(first.timed_chords) == 1  # a western piece
+    assert second.timed_chords == ()  # a raga
+    assert found["generated"]["begins"] == 0 < found["rendered"]["begins"]
+    assert measure_codec(base, 3)["codebooks"] == []

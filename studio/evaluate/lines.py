@@ -6,7 +6,7 @@ note: glides, shakes, vibrato. F frames of a pitch track, cents above the tonic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -50,6 +50,11 @@ def weights_of(mode: Mode) -> tuple[float, ...]:
             near = np.abs((np.array(mode.degrees) - note.cents + OCTAVE / 2) % OCTAVE - OCTAVE / 2)
             seconds[int(near.argmin())] += note.seconds
     return tuple(seconds / seconds.sum())
+
+
+def mode_likelihoods(cents: NDArray[np.float64], modes: Mapping[str, Mode]) -> dict[str, float]:
+    """Of a line (F,) above the tonic, the log likelihood of each mode in nats per frame, degrees weighted."""
+    return {name: log_likelihood(cents, mode.degrees, weights_of(mode)) for name, mode in modes.items()}
 
 
 def _or_least(value: float) -> float:

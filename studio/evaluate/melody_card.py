@@ -1,8 +1,8 @@
-"""How good a MusicGen of the melody world is: its codec on lines alone, and its music against what was asked for.
+"""How good a base of the melody world is: what it keeps of lines alone, and its music against what was asked for.
 
-Codec: held-out combinations of instrument and mode, the line alone, tracked before and after. Prompts: generated pieces
-against the fields of their prompts; beside them true renderings of the same prompts (what the measures can see at all)
-and chance (each piece against the prompts of all others).
+Codec: held-out combinations of instrument and mode, the line alone, tracked before and after its codes or latents.
+Prompts: generated pieces against the fields of their prompts; beside them true renderings of the same prompts (what the
+measures can see at all) and chance (each piece against the prompts of all others).
 
     python -m studio.evaluate.melody_card runs/codec/base --out card/ --prompts 0
 """
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -26,15 +26,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
+from studio.bases.mustango.family import Mustango
+from studio.data.melodies.composing import tonic_of
 from studio.data.melodies.cycles import TEMPI
-from studio.data.melodies.fields import KEYS, Fields, caption_of, draw_fields, solo, unaccented
+from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo, unaccented
 from studio.data.melodies.modes import MODES, OCTAVE, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
 from studio.errors import DataError, StudioError
 from studio.evaluate.beats import estimate_tempo, onset_envelope
+from studio.evaluate.lines import mode_likelihoods
 from studio.evaluate.pitch import compare_pitch, track_pitch
-from studio.evaluate.scales import in_scale_share, likeliest
+from studio.evaluate.scales import in_scale_share
 from studio.evaluate.timbre import TimbreJudge, timbre_features
 from studio.files import write_atomically
 from studio.keyed import numpy_generator
@@ -53,32 +56,35 @@ TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
 
 
 @torch.no_grad()
-def measure_codec(base: MusicGen, pieces: int = 24, on_progress: Progress | None = None) -> dict[str, Any]:
+def measure_codec(base: Any, pieces: int = 24, on_progress: Progress | None = None) -> dict[str, Any]:
     """Figures by tradition and over all, means over pieces; of each codebook the codes used and their perplexity."""
+    whole = isinstance(base, Mustango)  # which hears clips of one length, as latents
+    seconds = base.longest_seconds if whole else CODEC_SECONDS
     codes_seen: list[torch.Tensor] = []
     rows: dict[str, list[dict[str, float]]] = {tradition: [] for tradition in TRADITIONS}
     for number in range(pieces):
         tradition = TRADITIONS[number % len(TRADITIONS)]
         key = ("melody card", number)
-        piece = draw_melody(key, CODEC_SECONDS, base.sample_rate_hz, (tradition,), held_out=True, stem=True)
+        piece = draw_melody(key, seconds, base.sample_rate_hz, (tradition,), held_out=True, stem=True)
         codes = base.encode_sounds(piece.wave[None])
         heard = base.decode_sounds(codes)[0, 0].cpu().numpy()
         truth = track_pitch(piece.wave[0].numpy(), base.sample_rate_hz)
         rows[tradition].append(compare_pitch(track_pitch(heard, base.sample_rate_hz), truth))
-        codes_seen.append(codes[0])
+        codes_seen += [] if whole else [codes[0]]
         if on_progress:
             on_progress(number + 1, pieces)
     everything = [row for part in rows.values() for row in part]
     figures = {name: _means(part) for name, part in {**rows, "all": everything}.items() if part}
-    return {"pieces": pieces, **figures, "codebooks": _usage(torch.cat(codes_seen, 1))}
+    return {"pieces": pieces, **figures, "codebooks": _usage(torch.cat(codes_seen, 1)) if codes_seen else []}
 
 
 def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over pieces; a median is taken of medians, since one lost piece would rule a mean."""
-    return {
-        name: round(float((np.nanmedian if name == "median_cents" else np.nanmean)([row[name] for row in rows])), 4)
-        for name in rows[0]
-    }
+    """Means over pieces; a median is taken of medians, since one lost piece would rule a mean. NaN where nothing is."""
+    found = {}
+    for name in rows[0]:
+        there = [row[name] for row in rows if not np.isnan(row[name])] or [float("nan")]
+        found[name] = round(float((np.median if name == "median_cents" else np.mean)(there)), 4)
+    return found
 
 
 def _usage(codes: torch.Tensor) -> list[dict[str, float]]:
@@ -124,15 +130,14 @@ def listen(wave: NDArray[np.floating], rate_hz: int, judge: TimbreJudge) -> Hear
 def marks(heard: Heard, fields: Fields) -> dict[str, float]:
     """How a sound does against fields, each in [0, 1] or NaN.
 
-    `begins` (the first note is where melodies in the mode begin) and `in_scale` are for keys, which say where the tonic
-    is; `mode` says whether the mode is the likeliest of its tradition (with the tonic unknown, but for western music);
-    `tempo` whether the tempo is what the word means, up to octaves.
+    `begins` says whether the first note is where melodies in the mode begin; `mode` whether it is the likeliest of its
+    tradition; `tempo` whether the tempo is what the word means, up to octaves.
     """
-    mode, tonic = MODES[fields.tradition][fields.mode], _tonic_cents(fields)
-    cents = heard.cents - (tonic or 0)
+    mode, tonic = MODES[fields.tradition][fields.mode], 1200 * float(np.log2(tonic_of(fields) / 440))
+    cents = heard.cents - tonic
     return {
-        "begins": float("nan") if tonic is None else float(_begins_at(cents, mode.begins)),
-        "in_scale": float("nan") if tonic is None else in_scale_share(cents, mode.degrees),
+        "begins": float(_begins_at(cents, mode.begins)),
+        "in_scale": in_scale_share(cents, mode.degrees),
         "mode": float(_mode_of(heard, fields.tradition, tonic) == fields.mode),
         "tempo": float(tempo_fits(heard.tempo, fields)),
         "instrument": float(heard.instrument == fields.instrument),
@@ -146,15 +151,12 @@ def _begins_at(cents: NDArray[np.float64], begins: float) -> bool:
 
 
 @cache
-def _mode_of(heard: Heard, tradition: str, tonic: float | None) -> str:
-    """The likeliest mode of the tradition, or "" where no pitch was heard."""
-    scales = {name: mode.degrees for name, mode in MODES[tradition].items()}
-    return likeliest(heard.cents - (tonic or 0), scales, tonic_known=tonic is not None) if len(heard.cents) else ""
-
-
-def _tonic_cents(fields: Fields) -> float | None:
-    """The tonic above A, where the fields have a key."""
-    return 100.0 * (KEYS.index(fields.key) - 9) if fields.key else None
+def _mode_of(heard: Heard, tradition: str, tonic: float) -> str:
+    """The likeliest mode of the tradition on this tonic, or "" where no pitch was heard."""
+    if not len(heard.cents):
+        return ""
+    found = mode_likelihoods(heard.cents - tonic, MODES[tradition])
+    return max(found, key=lambda name: found[name])
 
 
 def tempo_fits(tempo: float, fields: Fields) -> bool:
@@ -163,27 +165,31 @@ def tempo_fits(tempo: float, fields: Fields) -> bool:
 
 
 def measure_prompts(
-    base: MusicGen,
+    base: Any,
     count: int,
     seconds: float,
     seed: int = 0,
     out: Path | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Marks of generated pieces, of true renderings, and by chance; half of the prompts are held-out combinations."""
+    """Marks of generated pieces, of true renderings, and by chance; half of the prompts are held-out combinations.
+
+    A base that is told beats and chords is told those of the true rendering.
+    """
     judge, judged = fit_judge(base.sample_rate_hz, seconds)
     asked, played, rendered, shown = [], [], [], []
     for number in range(count):
         rng = numpy_generator("melody prompt", seed, number)
         fields = draw_fields(rng, (TRADITIONS[number % len(TRADITIONS)],), held_out=number % 2 == 1, taught=True)
-        prompt = solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
+        caption = solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
+        key = ("rendered", seed, number)
+        truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
+        prompt = replace(truth, caption=caption).told if isinstance(base, Mustango) else caption
         sound = base.generate(Request([prompt], [number], seconds=seconds))[0]
         if out is not None:
             save_sound(sound, out / f"{number:03d}.wav", {"prompt": prompt, "seed": number})
-        key = ("rendered", seed, number)
-        truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
         if number < SHOWN:
-            shown.append((unaccented(prompt), sound.wave.mean(0).numpy(), truth.wave[0].numpy()))
+            shown.append((unaccented(caption), sound.wave.mean(0).numpy(), truth.wave[0].numpy()))
         asked.append(fields)
         played.append(listen(sound.wave.mean(0).numpy(), base.sample_rate_hz, judge))
         rendered.append(listen(truth.wave[0].numpy(), base.sample_rate_hz, judge))
@@ -237,13 +243,13 @@ def _average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures a base and writes card.json and example sounds. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m studio.evaluate.melody_card", description=__doc__.split("\n")[0])
-    parser.add_argument("base", metavar="FOLDER", help="folder of a MusicGen, or the name of a bundled base")
+    parser.add_argument("base", metavar="FOLDER", help="folder of a MusicGen or Mustango, or a bundled base's name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where card.json and sounds go")
     parser.add_argument("--pieces", type=int, default=24, help="pieces sent through the codec (default 24)")
     parser.add_argument(
         "--prompts", type=int, default=24, help="prompts played (default 24; 0 measures the codec alone)"
     )
-    parser.add_argument("--seconds", type=float, default=6.0, help="length of what is played (default 6)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of what is played, if it can (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
     options = parser.parse_args(arguments)
     from studio.terminal import print_error
@@ -261,8 +267,10 @@ def _measure(options: argparse.Namespace) -> None:
     from studio.terminal import CountProgress, print_table, say
 
     base = load_base(options.base, dtype="fp32")
-    if not isinstance(base, MusicGen):
-        raise DataError(f"'{options.base}' makes no music", "the card is for a MusicGen of the melody world")
+    if not isinstance(base, MusicGen | Mustango):
+        raise DataError(
+            f"'{options.base}' makes no music", "the card is for a MusicGen or Mustango of the melody world"
+        )
     with CountProgress("codec", options.pieces) as progress:
         codec = measure_codec(base, options.pieces, lambda done, total: progress.show(done))
     card: dict[str, Any] = {"codec": codec}
@@ -270,13 +278,14 @@ def _measure(options: argparse.Namespace) -> None:
     names = [name for name in (*TRADITIONS, "all") if name in codec]
     print_table(("lines", *codec["all"]), [(name, *map(str, codec[name].values())) for name in names])
     books = [(str(k), str(book["used"]), str(book["perplexity"])) for k, book in enumerate(codec["codebooks"])]
-    print_table(("codebook", "codes used", "perplexity"), books)
+    if books:
+        print_table(("codebook", "codes used", "perplexity"), books)
     if options.prompts:
         with CountProgress("prompts", options.prompts) as progress:
             found = measure_prompts(
                 base,
                 options.prompts,
-                options.seconds,
+                min(options.seconds, base.longest_seconds),
                 options.seed,
                 options.out,
                 lambda done, total: progress.show(done),
@@ -290,10 +299,11 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def _save_examples(base: MusicGen, folder: Path) -> None:
+def _save_examples(base: Any, folder: Path) -> None:
     """A held-out piece of each tradition as it is, then through the codec."""
+    seconds = min(6.0, base.longest_seconds)
     for tradition in TRADITIONS:
-        piece = draw_melody(("example", tradition), 6.0, base.sample_rate_hz, (tradition,), held_out=True)
+        piece = draw_melody(("example", tradition), seconds, base.sample_rate_hz, (tradition,), held_out=True)
         heard = base.decode_sounds(base.encode_sounds(piece.wave[None]))[0].cpu()
         pause = torch.zeros(1, base.sample_rate_hz // 2)
         both = Sound(torch.cat([piece.wave, pause, heard], 1), base.sample_rate_hz)

@@ -17,20 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from studio.data.cache import Cache
+from studio.data.melodies.composing import tonic_of
 from studio.data.melodies.cycles import CYCLES
-from studio.data.melodies.fields import KEYS, Fields
-from studio.data.melodies.modes import MODES, Mode, mode_of
-from studio.data.melodies.voices import VOICES
+from studio.data.melodies.fields import Fields
+from studio.data.melodies.modes import MODES, mode_of
 from studio.data.sounds import Sound
 from studio.errors import DataError
 from studio.evaluate.beats import cycle_correlation, estimate_tempo, onset_envelope
 from studio.evaluate.card import card_of, recipe_of, trained_on
 from studio.evaluate.frechet import embed, frechet_of, spread_of
-from studio.evaluate.lines import direction_kept, likeliest_tonic, notes_of, ornament_distance, weights_of
+from studio.evaluate.lines import direction_kept, mode_likelihoods, notes_of, ornament_distance
 from studio.evaluate.melody_card import tempo_fits
 from studio.evaluate.pitch import PitchTrack, track_pitch
 from studio.evaluate.recital import Playing, Progress, Recital, Recording, play_recital, read_recordings
-from studio.evaluate.scales import in_scale_share, log_likelihood
+from studio.evaluate.scales import in_scale_share
 from studio.evaluate.timbre import TimbreJudge, timbre_features
 from studio.generation import parse_use, wearing
 from studio.keyed import torch_generator
@@ -197,7 +197,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _marks(heard: Listened, fields: Fields, judge: TimbreJudge | None) -> dict[str, float]:
     modes = {name: mode_of(fields.tradition, name) for name in MODES[fields.tradition]}
-    mode, tonics = modes[fields.mode], tonics_of(fields)
+    mode, tonic = modes[fields.mode], tonic_of(fields)
     tempo = estimate_tempo(heard.envelope)
     row = {"tempo_right": float(tempo_fits(tempo, fields))}
     if judge is not None:
@@ -208,29 +208,16 @@ def _marks(heard: Listened, fields: Fields, judge: TimbreJudge | None) -> dict[s
         row["rhythm"] = cycle_correlation(heard.envelope, strokes, cycle.beats, tempo)
     if not heard.track.voiced.any():
         return row | {"in_scale": 0.0, "mode_right": 0.0}
-    tonic = likeliest_tonic(heard.track, mode.degrees, tonics, weights_of(mode))
     cents = heard.track.cents(tonic)
-    likelihoods = {name: _best_likelihood(heard.track, other, tonics) for name, other in modes.items()}
+    likelihoods = mode_likelihoods(cents, modes)
     margin = likelihoods[mode.name] - max(value for name, value in likelihoods.items() if name != mode.name)
     return row | {
         "in_scale": in_scale_share(cents, mode.degrees),
-        "mode_likelihood": log_likelihood(cents, mode.degrees, weights_of(mode)),
+        "mode_likelihood": likelihoods[mode.name],
         "mode_margin": margin,
         "mode_right": float(margin > 0),
         "direction": direction_kept(notes_of(heard.track, mode.degrees, tonic), mode),
     }
-
-
-def _best_likelihood(track: PitchTrack, mode: Mode, tonics: Sequence[float]) -> float:
-    return max(log_likelihood(track.cents(tonic), mode.degrees, weights_of(mode)) for tonic in tonics)
-
-
-def tonics_of(fields: Fields) -> list[float]:
-    """The tonics, in Hz, on which a piece of these fields may stand: that of its key, or six of its instrument's."""
-    if fields.key:
-        return [440 * 2 ** ((KEYS.index(fields.key) - 9) / 12)]
-    foot = VOICES[fields.instrument].tonic_hz
-    return [foot * 2 ** (step / 12) for step in range(6)]
 
 
 def _judge(recital: Recital) -> TimbreJudge | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from studio.data.melodies.composing import tonic_of
 from studio.data.sounds import Sound, save_sound
 from studio.evaluate.card_page import fact, figure_rows, table
-from studio.evaluate.music_card import MusicAnswer, tonics_of
+from studio.evaluate.music_card import MusicAnswer
 from studio.evaluate.recital import Recording
 from studio.files import write_atomically
 from studio.report import STYLE
@@ -63,7 +64,7 @@ def _row(name: str, sound: Sound, recording: Recording) -> str:
     pictures: Sequence[Image.Image] = [spectrogram(wave, rate, *SIZE)]
     if recording.fields is not None:
         fields = recording.fields
-        pictures = [*pictures, pitch_histogram(wave, rate, fields.mode, *SIZE, tonics_of(fields))]
+        pictures = [*pictures, pitch_histogram(wave, rate, fields.mode, *SIZE, tonic_of(fields))]
     shown = "".join(f"<img alt='{name}' src='data:image/png;base64,{_encoded(picture)}'>" for picture in pictures)
     return f"<figure><figcaption>{name}</figcaption>{_player(sound)}<br>{shown}</figure>"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ Array = NDArray[np.float64]
 TOLERANCE = 30.0  # cents
 SPREAD = 18.0  # cents, of a degree as it is played
 FLOOR = 0.1  # share of frames that may be anywhere: glides, ornaments, errors
-ROTATION = 10.0  # cents between the tonics that are tried where none is known
 
 
 def in_scale_share(cents: Array, degrees: Sequence[float], tolerance: float = TOLERANCE) -> float:
@@ -43,13 +42,6 @@ def log_likelihood(cents: Array, degrees: Sequence[float], weights: Sequence[flo
             (1 - FLOOR) * (bells.mean(1) if weights is None else bells @ np.asarray(weights)) + FLOOR / OCTAVE
         ).mean()
     )
-
-
-def likeliest(cents: Array, scales: Mapping[str, Sequence[float]], tonic_known: bool = True) -> str:
-    """The scale with the highest likelihood; without a known tonic the best over all rotations counts."""
-    turns: Iterable[float] = (0.0,) if tonic_known else np.arange(0, OCTAVE, ROTATION)
-    turned = [cents - turn for turn in turns]
-    return max(scales, key=lambda name: max(log_likelihood(line, scales[name]) for line in turned))
 
 
 def _distances(cents: Array, degrees: Sequence[float]) -> Array:

@@ -17,7 +17,6 @@ from studio.base import Request
 from studio.bases.halves import save_with_halves
 from studio.bases.mustango.family import Mustango, without
 from studio.bases.mustango.mel import levelled
-from studio.data.melodies.cycles import CYCLES
 from studio.data.melodies.source import Melody
 from studio.data.sounds import Sound
 from studio.keyed import torch_generator
@@ -45,18 +44,10 @@ class SpectrogramTask(MusicTask):
         return {name: self.base.modules[name] for name in self.networks}
 
     def _told(self, piece: Melody) -> str:
-        return told(piece)
+        return piece.told
 
     def _write(self, folder: Path) -> None:
         save_with_halves(self.base.pipe, folder)
-
-
-def told(piece: Melody) -> str:
-    """A caption with beats and chords, as a prompt has them."""
-    fields, beats = piece.score.fields, CYCLES[piece.score.fields.tradition][piece.score.fields.cycle].beats
-    counted = " ".join(f"{i % beats + 1}@{at:.2f}" for i, at in enumerate(piece.score.beats))
-    chord = fields.key.replace(" sharp", "#").replace(" flat", "b") + ("m" if fields.mode == "minor" else "")
-    return f"{piece.caption} | beats: {counted} | chords: {chord or 'none'}"
 
 
 class AutoencoderTask(SpectrogramTask):

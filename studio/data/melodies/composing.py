@@ -65,14 +65,14 @@ def compose(fields: Fields, rng: np.random.Generator, seconds: float, intonation
         for beat, kind in cycle.strokes
     ]
     played = tuple((at, kind) for at, kind in strokes if at < seconds)
-    return Score(fields, mode, tonic_of(fields, rng), tempo, tuple(notes), played, seconds)
+    return Score(fields, mode, tonic_of(fields), tempo, tuple(notes), played, seconds)
 
 
-def tonic_of(fields: Fields, rng: np.random.Generator) -> float:
-    """Hz: the key within the instrument's register, or one of six semitones above the register's foot."""
+def tonic_of(fields: Fields) -> float:
+    """Hz: the key within the instrument's register, or without one the tonic that the instrument is tuned to."""
     foot = VOICES[fields.instrument].tonic_hz
     if not fields.key:
-        return float(foot * 2 ** (rng.integers(6) / 12))
+        return float(foot)
     tonic = C0_HZ * 2 ** (KEYS.index(fields.key) / 12)
     return float(tonic * 2 ** np.ceil(np.log2(foot * 0.999 / tonic)))
 

@@ -19,6 +19,7 @@ from studio.errors import DataError, nearest
 from studio.keyed import key_of
 
 KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
+PLAYED_KEYS = ("C", "D", "F", "G", "A")  # of them, those that the world plays in
 MOODS = {
     ("major", "slow"): "calm",
     ("major", ""): "happy",
@@ -66,7 +67,7 @@ def draw_fields(
             _one(rng, list(MODES[tradition])),
             _one(rng, list(CYCLES[tradition])),
             _one(rng, list(TEMPI[tradition])),
-            _one(rng, KEYS) if tradition == "western" else "",
+            _one(rng, PLAYED_KEYS) if tradition == "western" else "",
         )
         if fields.is_held_out == held_out and not (taught and fields.mode in UNTAUGHT):
             return fields

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from studio.data.melodies.composing import Score, compose
+from studio.data.melodies.cycles import CYCLES
 from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo
 from studio.data.melodies.playing import play
 from studio.keyed import numpy_generator
@@ -22,6 +23,15 @@ class Melody:
     wave: Tensor
     caption: str
     score: Score
+
+    @property
+    def told(self) -> str:
+        """The caption with the beats and, of a piece in a key, the chord of the tonic, as `read_score` reads them."""
+        fields = self.score.fields
+        beats = CYCLES[fields.tradition][fields.cycle].beats
+        counted = " ".join(f"{i % beats + 1}@{at:.2f}" for i, at in enumerate(self.score.beats))
+        chord = fields.key.replace(" sharp", "#").replace(" flat", "b") + ("m" if fields.mode == "minor" else "")
+        return f"{self.caption} | beats: {counted} | chords: {chord or 'none'}"
 
 
 def draw_melody(

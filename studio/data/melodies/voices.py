@@ -22,7 +22,7 @@ class Voice:
     `slope`: partial n has the strength n^-slope, times `emphasis` where it is listed. `decay`: the first partial falls
     to 1/e in this time, partial n in decay / (1 + damping (n - 1)); 0 sustains. `bloom`: partial n comes in so much
     later than partial n - 1 (the jivari of a sitar). `stretch`: inharmonicity, f_n = n f sqrt(1 + stretch n^2).
-    `tonic_hz`: the lowest tonic that it plays on; the highest is an octave above.
+    `tonic_hz`: what it is tuned to, which ragas and makams stand on, and the lowest tonic of a key.
     """
 
     name: str
