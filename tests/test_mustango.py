@@ -308,6 +308,16 @@ def test_playing_is_seeded_and_a_sound_does_not_depend_on_its_neighbours(base):
     assert again.sample_rate_hz == 1600
 
 
+def test_a_pipeline_knows_its_own_number_of_steps(tmp_path):
+    assert Mustango.tiny().pipe.config.steps == 100
+    base = melody_diffusion(["tune"])
+    base.pipe.save_pretrained(tmp_path / "base")
+    seen = []
+    request = Request(["tune"], [0], seconds=0.5, on_step=lambda done, total: seen.append(total))
+    load_base(str(tmp_path / "base")).generate(request)
+    assert seen == [25] * 25
+
+
 def test_playing_counts_its_steps_and_guidance_acts(base):
     seen = []
     request = Request([PROMPT], [1], steps=3, seconds=0.1, on_step=lambda done, total: seen.append((done, total)))

@@ -206,7 +206,6 @@ class _Maker:
             more += [option, str(Path(folder).expanduser().resolve())] if folder else []
         if lesson.name in self.study.tunes:
             how = ["--sounds", str(evaluation.sounds), "--seconds", f"{evaluation.seconds:g}"]
-            how += ["--steps", str(evaluation.steps)]
             more = ["--clap", str(Path(evaluation.clap).expanduser().resolve())] if evaluation.clap else []
         else:
             how = self._drawn()

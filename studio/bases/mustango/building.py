@@ -177,8 +177,12 @@ def assembled(
     licence: str,
     beat_counts: int = 7,
     scheduler: Any = None,
+    **options: Any,
 ) -> Mustango:
-    """A base of these networks, by their names in the pipeline; the encoders of beats and chords are made to fit."""
+    """A base of these networks, by their names in the pipeline; the encoders of beats and chords are made to fit.
+
+    `options` are those of the pipeline.
+    """
     from diffusers import DDPMScheduler
 
     from studio.bases.mustango.encoders import BeatEncoder, ChordEncoder
@@ -190,6 +194,7 @@ def assembled(
         scheduler=scheduler or DDPMScheduler(num_train_timesteps=1000, **SCHEDULE),
         mel=dict(mel),
         clip_frames=clip_frames,
+        **options,
     )
     return Mustango.at_rest(name, pipe, licence)
 
@@ -230,9 +235,8 @@ def melody_diffusion(words: Sequence[str], seed: int = 0) -> Mustango:
         last = networks["vae"].decoder.conv_out  # log magnitudes are about -6, which steps of 1e-3 are long to reach
         torch.nn.init.constant_(last.bias, -6.0)
         scheduler = DDIMScheduler(**SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-        return assembled(
-            "melody-diffusion", networks, SMALL_MEL, 256, "Apache-2.0", beat_counts=18, scheduler=scheduler
-        )
+        told: dict[str, Any] = {"beat_counts": 18, "scheduler": scheduler, "steps": 25}
+        return assembled("melody-diffusion", networks, SMALL_MEL, 256, "Apache-2.0", **told)
 
 
 def word_t5_tokenizer(words: Sequence[str], longest: int = 64) -> Any:

@@ -38,7 +38,10 @@ class MustangoOutput(BaseOutput):
 
 
 class MustangoPipeline(DiffusionPipeline):
-    """`mel` holds the fields of a Mel; `clip_frames` is how many of its frames the networks were trained on."""
+    """`mel` holds the fields of a Mel; `clip_frames` is how many of its frames the networks were trained on.
+
+    `steps` is how many sampling steps are taken where none are asked for.
+    """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
     _callback_tensor_inputs = ("latents",)
@@ -60,6 +63,7 @@ class MustangoPipeline(DiffusionPipeline):
         chord_tokenizer: Any = None,
         mel: dict[str, Any] | None = None,
         clip_frames: int = 1024,
+        steps: int = STEPS,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -76,7 +80,7 @@ class MustangoPipeline(DiffusionPipeline):
             chord_predictor=chord_predictor,
             chord_tokenizer=chord_tokenizer,
         )
-        self.register_to_config(mel=mel or {}, clip_frames=clip_frames)
+        self.register_to_config(mel=mel or {}, clip_frames=clip_frames, steps=steps)
         self.spectrogram = Mel(**(mel or {}))
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ class MustangoPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str] = "",
         seconds: float | None = None,
-        num_inference_steps: int = STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: float = GUIDANCE,
         negative_prompt: str = "",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -205,17 +209,18 @@ class MustangoPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seconds = self.clip_seconds if seconds is None else seconds
         scores = [self.complete(read_score(text).within(0.0, seconds)) for text in prompts]
+        steps = num_inference_steps or self.config.steps
         guided = guidance_scale != 1.0
         if guided:  # the unguided half is told nothing of beats and chords
             scores = [Score(negative_prompt)] * len(prompts) + scores
         condition = self.encode_scores(scores)
         latents = self._noise(len(prompts), self.frames_in(seconds), generator)
-        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        self.scheduler.set_timesteps(steps, device=latents.device)
         latents = latents * self.scheduler.init_noise_sigma
         accepted = inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if "generator" in accepted else {}
         self._num_timesteps = len(self.scheduler.timesteps)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self.progress_bar(total=steps) as bar:
             for index, moment in enumerate(self.scheduler.timesteps):
                 x = self.scheduler.scale_model_input(torch.cat([latents] * (1 + guided)), moment)
                 output = self.predict(x, moment.expand(len(x)), condition).to(latents.dtype)
