@@ -8,6 +8,7 @@ import soundfile
 import torch
 
 from studio.bases.musicgen import MusicGen
+from studio.bases.registry import load_base
 from studio.cli import run as studio
 from studio.data.melodies.fields import Fields
 from studio.data.melodies.folder import Pieces, write_folder
@@ -96,7 +97,7 @@ def test_true_pieces_of_a_mode_score_high_and_others_low():
     in_key = [r.sound for r in pieces("major", "western", "flute", 1, "e", "D")]
     out_of_key = [r.sound for r in pieces("major", "western", "flute", 1, "e", "A flat")]
     worn, alone = Played([r.sound for r in others], in_key), Played([r.sound for r in wrong], out_of_key)
-    found = figures_of(Recital(truth, floor, known, worn, alone))
+    found = figures_of(Recital(truth, floor, known, worn, alone), load_base("melody"))
     assert found["mode_right"] > 0.5 > found["mode_right_base"]
     assert found["in_scale"] > max(0.85, found["in_scale_base"])
     assert found["mode_margin"] > 0 > found["mode_margin_base"]
@@ -111,7 +112,7 @@ def test_true_pieces_of_a_mode_score_high_and_others_low():
 def test_silence_fails_what_is_asked_and_breaks_nothing():
     truth = pieces("Hicaz", "makam", "ney", 4)
     silent = Played([Sound(torch.zeros(1, 4 * RATE), RATE) for _ in truth], [])
-    found = figures_of(Recital(truth, truth, [], silent, silent))
+    found = figures_of(Recital(truth, truth, [], silent, silent), load_base("melody"))
     assert found["in_scale"] == found["mode_right"] == 0
     assert np.isnan(found["known_in_scale"])
 

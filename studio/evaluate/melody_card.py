@@ -109,17 +109,31 @@ class Heard:
     instrument: str
 
 
+@torch.no_grad()
 def fit_judge(
-    rate_hz: int, seconds: float, pieces: int = JUDGE_PIECES, traditions: Sequence[str] = TRADITIONS
-) -> tuple[TimbreJudge, float]:
-    """A judge of instruments, and the share of other renderings that it is right about."""
-    drawn = [draw_melody(("timbre", i), seconds, rate_hz, traditions, stem=True) for i in range(pieces)]
-    features = np.stack([timbre_features(piece.wave[0].numpy(), rate_hz) for piece in drawn])
+    base: Any, seconds: float, pieces: int = JUDGE_PIECES, traditions: Sequence[str] = TRADITIONS
+) -> tuple[TimbreJudge, dict[str, float]]:
+    """A judge of instruments, and the share of other renderings that it is right about.
+
+    It knows renderings as they are and as the base's codes or latents keep them: `as they are`, `through the base`.
+    """
+    drawn = [draw_melody(("timbre", i), seconds, base.sample_rate_hz, traditions, stem=True) for i in range(pieces)]
     names = [piece.score.fields.instrument for piece in drawn]
+    waves = {
+        "as they are": [piece.wave for piece in drawn],
+        "through the base": [base.decode_sounds(base.encode_sounds(piece.wave[None]))[0].cpu() for piece in drawn],
+    }
+    features = {
+        how: np.stack([timbre_features(wave[0].numpy(), base.sample_rate_hz) for wave in found])
+        for how, found in waves.items()
+    }
     split = pieces * 3 // 4
-    judge = TimbreJudge.fitted(features[:split], names[:split])
-    right = [judge.name(row) == name for row, name in zip(features[split:], names[split:], strict=True)]
-    return judge, float(np.mean(right))
+    judge = TimbreJudge.fitted(np.concatenate([rows[:split] for rows in features.values()]), 2 * names[:split])
+    right = {
+        how: float(np.mean([judge.name(row) == name for row, name in zip(rows[split:], names[split:], strict=True)]))
+        for how, rows in features.items()
+    }
+    return judge, right
 
 
 def listen(wave: NDArray[np.floating], rate_hz: int, judge: TimbreJudge) -> Heard:
@@ -176,7 +190,7 @@ def measure_prompts(
 
     A base that is told beats and chords is told those of the true rendering.
     """
-    judge, judged = fit_judge(base.sample_rate_hz, seconds)
+    judge, judged = fit_judge(base, seconds)
     asked, played, rendered, shown = [], [], [], []
     for number in range(count):
         rng = numpy_generator("melody prompt", seed, number)
@@ -210,7 +224,7 @@ def measure_prompts(
         "prompts": count,
         "seconds": seconds,
         "seed": seed,
-        "instrument_judge_right": round(judged, 3),
+        "instrument_judge_right": {how: round(share, 3) for how, share in judged.items()},
         **{name: _average(part) for name, part in rows.items() if part},
     }
 

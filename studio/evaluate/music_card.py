@@ -73,7 +73,7 @@ def evaluate_music(question: MusicQuestion, base: Any, on_progress: Progress | N
     recordings = read_recordings(folder, base, playing, template, (card.trigger, card.class_word))
     uses = [use, *beside]
     recital, warnings = play_recital(base, uses, recordings, playing, Cache(studio_home() / "cache"), on_progress)
-    figures = figures_of(recital)
+    figures = figures_of(recital, base)
     figures["held_out_loss_base"] = held_out_loss(base, recordings)
     with wearing(base, uses):
         figures["held_out_loss"] = held_out_loss(base, recordings)
@@ -144,11 +144,11 @@ class Listened:
         return cls(wave, rate, track_pitch(wave, rate), embed(wave, rate), onset_envelope(wave, rate))
 
 
-def figures_of(recital: Recital) -> dict[str, float]:
+def figures_of(recital: Recital, base: Any) -> dict[str, float]:
     """All figures, shares in [0, 1]; those that nothing can be said of are NaN."""
     truth = [Listened.to(r.sound) for r in recital.truth]
     fields = [r.fields for r in recital.truth]
-    judge = _judge(recital)
+    judge = _judge(recital, base)
     figures: dict[str, float] = {}
     for suffix, played in (("", recital.worn), ("_base", recital.alone)):
         heard = [Listened.to(sound) for sound in played.asked]
@@ -220,13 +220,12 @@ def _marks(heard: Listened, fields: Fields, judge: TimbreJudge | None) -> dict[s
     }
 
 
-def _judge(recital: Recital) -> TimbreJudge | None:
+def _judge(recital: Recital, base: Any) -> TimbreJudge | None:
     """A judge of the instruments that are asked for, fitted to lines of theirs; None where it is not told which."""
     from studio.evaluate.melody_card import fit_judge
 
     told = [r.fields for r in recital.truth if r.fields is not None]
     if not told:
         return None
-    sound = recital.truth[0].sound
     traditions = tuple(dict.fromkeys(fields.tradition for fields in told))
-    return fit_judge(sound.sample_rate_hz, min(sound.seconds, 4.0), 72, traditions)[0]
+    return fit_judge(base, min(recital.truth[0].sound.seconds, 4.0), 72, traditions)[0]

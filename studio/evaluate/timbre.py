@@ -15,6 +15,7 @@ Array = NDArray[np.floating]
 
 BANDS = 40
 RIDGE = 1.0
+FLOOR = 1e-4  # of the loudest band: below it a codec's noise would decide
 
 
 def timbre_features(wave: NDArray[np.floating], rate_hz: int) -> Array:
@@ -25,7 +26,7 @@ def timbre_features(wave: NDArray[np.floating], rate_hz: int) -> Array:
     frames = np.pad(wave, (0, window))[starts[:, None] + np.arange(window)] * np.hanning(window)
     power = np.abs(np.fft.rfft(frames)) ** 2
     edges = np.unique(np.geomspace(2, power.shape[1], BANDS + 1).round().astype(int))
-    bands = np.log(np.add.reduceat(power, edges[:-1], axis=1) + 1e-6 * power.max() + 1e-12)
+    bands = np.log(np.add.reduceat(power, edges[:-1], axis=1) + FLOOR * power.max() + 1e-12)
     loudness = bands.mean(1, keepdims=True)
     loud = loudness[:, 0] >= np.quantile(loudness, 0.3)
     shape = (bands - loudness)[loud]

@@ -28,6 +28,7 @@ from trainers.scratch_music.pieces import MusicTask
 
 VALIDATION_PIECES = 16
 KL_WEIGHT = 1e-4
+QUIET = 0.1  # what the quietest places count beside 1 of the loudest
 LOUDNESS = 3.0  # the spread of log magnitudes, which brings their errors to about one
 
 
@@ -51,7 +52,7 @@ class SpectrogramTask(MusicTask):
 
 
 class AutoencoderTask(SpectrogramTask):
-    """Reconstruction of log spectrograms: squared error + half the absolute one + KL, on means."""
+    """Reconstruction of log spectrograms: squared error + half the absolute one, where it is loud most, + KL."""
 
     networks = ("vae",)
     taught = False
@@ -71,7 +72,8 @@ class AutoencoderTask(SpectrogramTask):
         heard = vae.decode(latents.mean + latents.std * noise.to(latents.mean)).sample.float()
         error = (heard - mels) / LOUDNESS
         kl = 0.5 * (latents.mean.float() ** 2 + latents.var.float() - 1 - latents.logvar.float())
-        return (error**2 + 0.5 * error.abs()).mean((1, 2, 3)) + KL_WEIGHT * kl.mean((1, 2, 3))
+        lost = _loudness(mels) * (error**2 + 0.5 * error.abs())
+        return lost.mean((1, 2, 3)) + KL_WEIGHT * kl.mean((1, 2, 3))
 
     def _held_out_mels(self) -> Tensor:
         return self._row(torch.stack([wave for wave, _ in self._held_out(VALIDATION_PIECES)])).to(self.base.device)
@@ -99,6 +101,12 @@ class AutoencoderTask(SpectrogramTask):
             latents = self.base.pipe.vae.encode(self._held_out_mels()).latent_dist.mode()
         self.base.pipe.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
         return super().save(folder, step)
+
+
+def _loudness(mels: Tensor) -> Tensor:
+    """How much each place of log spectrograms (B, 1, L, M) counts, 1 in the mean: pitch is in the loud ones."""
+    weights = QUIET + (0.5 * (mels - mels.amax((1, 2, 3), keepdim=True))).exp()
+    return weights / weights.mean((1, 2, 3), keepdim=True)
 
 
 class DenoiserTask(SpectrogramTask):
