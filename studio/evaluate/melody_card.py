@@ -47,6 +47,7 @@ Progress = Callable[[int, int], None]
 
 CODEC_SECONDS = 4.0
 JUDGE_PIECES = 168
+TOGETHER = 12  # pieces through the base at a time
 SHOWN = 6  # prompts that the sheet has
 FIRST_NOTE = slice(3, 9)  # voiced frames
 TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
@@ -119,10 +120,9 @@ def fit_judge(
     """
     drawn = [draw_melody(("timbre", i), seconds, base.sample_rate_hz, traditions, stem=True) for i in range(pieces)]
     names = [piece.score.fields.instrument for piece in drawn]
-    waves = {
-        "as they are": [piece.wave for piece in drawn],
-        "through the base": [base.decode_sounds(base.encode_sounds(piece.wave[None]))[0].cpu() for piece in drawn],
-    }
+    together = torch.stack([piece.wave for piece in drawn])
+    kept = [base.decode_sounds(base.encode_sounds(part)).cpu() for part in together.split(TOGETHER)]
+    waves = {"as they are": together, "through the base": torch.cat(kept)}
     features = {
         how: np.stack([timbre_features(wave[0].numpy(), base.sample_rate_hz) for wave in found])
         for how, found in waves.items()

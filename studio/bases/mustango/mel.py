@@ -15,6 +15,7 @@ from torch import Tensor
 
 QUIETEST = 1e-5
 PEAK = 0.5  # of the waves that the published networks were trained on
+UPDATES = 100
 MOMENTUM = 0.99  # Perraudin et al. 2013, fast Griffin-Lim
 
 
@@ -39,10 +40,9 @@ class Mel:
         return (magnitudes @ self._filters(waves.device)).clamp(min=QUIETEST).log()[:, None]
 
     @torch.no_grad()
-    def heard(self, mel: Tensor, rounds: int = 32) -> Tensor:
+    def heard(self, mel: Tensor, rounds: int = 64) -> Tensor:
         """Waves (B, L hop) of log mel spectrograms (B, 1, L, M), by Griffin-Lim. Deterministic."""
-        filters = self._filters(mel.device)
-        wanted = (mel[:, 0].float().exp() @ torch.linalg.pinv(filters)).clamp(min=0).transpose(1, 2)
+        wanted = self._magnitudes(mel[:, 0].float().exp()).transpose(1, 2)
         wanted = F.pad(wanted, (0, 1), mode="replicate")  # a centred transform has one frame more
         length = mel.shape[2] * self.hop
         phases = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(0)).to(wanted) * (2 * torch.pi)
@@ -52,6 +52,18 @@ class Mel:
             guess = rebuilt - (MOMENTUM / (1 + MOMENTUM)) * before
             guess, before = guess / guess.abs().clamp(min=1e-12), rebuilt
         return self._invert(wanted * guess, length)
+
+    def _magnitudes(self, bands: Tensor) -> Tensor:
+        """Magnitudes (B, L, fft / 2 + 1), none negative, whose bands are nearest to these (B, L, M).
+
+        By multiplicative updates (Lee and Seung 2001): the least squares alone, cut at 0, blur a pitch.
+        """
+        filters = self._filters(bands.device)
+        found = (bands @ torch.linalg.pinv(filters)).clamp(min=0) + 1e-3 * bands.mean()
+        towards, gram = bands @ filters.T, filters @ filters.T
+        for _ in range(UPDATES):
+            found = found * towards / (found @ gram + 1e-9)
+        return found
 
     def _transform(self, waves: Tensor) -> Tensor:
         window = torch.hann_window(self.fft, device=waves.device)
