@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from studio import waves
-from studio.data.melodies.modes import MODES, OCTAVE
+from studio.data.melodies.fields import fold
+from studio.data.melodies.modes import MODES, OCTAVE, Mode
 from studio.errors import DataError
 from studio.evaluate.lines import likeliest_tonic
 from studio.evaluate.pitch import track_pitch
@@ -70,13 +71,22 @@ def pitch_histogram(
 
 def degrees_of(mode: str) -> tuple[float, ...]:
     """A mode's degrees by its name in any spelling. Raises DataError, naming the nearest."""
-    from studio.data.melodies.fields import fold
     from studio.errors import nearest
 
-    known = {fold(name): found for modes in MODES.values() for name, found in modes.items()}
+    known = _modes()
     if fold(mode) not in known:
         raise DataError(f"unknown mode '{mode}'", nearest(mode, [found.name for found in known.values()]))
     return known[fold(mode)].degrees
+
+
+def mode_in(prompt: str) -> str:
+    """The first mode that a prompt names, in any spelling; else ""."""
+    known = _modes()
+    return next((known[word].name for word in map(fold, prompt.split()) if word in known), "")
+
+
+def _modes() -> dict[str, Mode]:
+    return {fold(name): found for modes in MODES.values() for name, found in modes.items()}
 
 
 # -- axes ------------------------------------------------------------------------------------------------------

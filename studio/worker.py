@@ -67,13 +67,19 @@ def _given(files: dict[str, str], base: Any) -> dict[int, Any]:
     return given_frames([f"{index}={file}" for index, file in files.items()], base, None, None, False) if files else {}
 
 
-def _drawn_sound(path: Path, base: Any) -> dict[str, Any]:
-    """Waveform and spectrogram of a sound."""
+def _drawn_sound(path: Path, base: Any, prompt: str) -> dict[str, Any]:
+    """Waveform and spectrogram of a sound, and where its pitch lies in the mode that the prompt names."""
     if base.medium != "audio":
         return {}
-    from studio import waves
+    from studio import sound_pictures, waves
 
-    return waves.draw(path)
+    found = waves.draw(path)
+    if mode := sound_pictures.mode_in(prompt):
+        wave, rate, _ = waves.read_wave(path)
+        drawn = path.with_suffix(".pitch.webp")
+        sound_pictures.pitch_histogram(wave, rate, mode).save(drawn, "WEBP", quality=90)
+        found["pitch"] = str(drawn)
+    return found
 
 
 class Cancelled(Exception):
@@ -178,7 +184,8 @@ class Worker:
         works = works_of(base)
         path = Path(request["folder"]) / f"{number:03d}{works.ending}"
         works.save(work, path, works.facts(order, 0, base, uses) | also)
-        self.say(request, picture=str(path), number=number, seed=cell["seed"], **_drawn_sound(path, base))
+        drawn = _drawn_sound(path, base, cell["prompt"])
+        self.say(request, picture=str(path), number=number, seed=cell["seed"], **drawn)
 
     def _base(self, request: dict[str, Any], name: str) -> Any:
         from studio.bases.registry import load_base

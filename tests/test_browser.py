@@ -340,10 +340,27 @@ def test_a_melody_is_made_and_can_be_heard_and_seen(server, tab):
     page.click("#generate-audio")
     panel.locator(".works:not(.small) audio").first.wait_for()
     assert panel.locator("img[alt='waveform']").first.evaluate("picture => picture.naturalWidth") > 0
+    assert panel.locator("img.pitch").count() == 0  # no mode is named
     duration = panel.locator("audio").first.evaluate(
         "sound => new Promise(done => { sound.onloadedmetadata = () => done(sound.duration); sound.load(); })"
     )
     assert duration == pytest.approx(1, abs=0.1)
+
+
+def test_a_base_that_hears_beats_and_chords_is_told_them(server, tab):
+    page = tab("generate")
+    panel = asking(page, "Music", "#p-audio", "a melody in d minor on a flute")
+    assert panel.locator("#f-beats").count() == 0
+    open_part(panel, "Advanced")
+    panel.locator("#f-base").select_option("melody-diffusion")
+    fill(panel, "beats", "90 bpm 3/4")
+    fill(panel, "chords", "Dm")
+    fill(panel, "steps", "2")
+    fill(panel, "seconds", "1")
+    page.click("#generate-audio")
+    panel.locator(".works:not(.small) audio").first.wait_for()
+    assert panel.locator("img.pitch").first.evaluate("picture => picture.naturalWidth") > 0
+    assert "| beats: 90 bpm 3/4 | chords: Dm" in panel.locator(".works:not(.small) figcaption").first.inner_text()
 
 
 def test_two_concepts_are_merged_compared_and_kept(server, tab):

@@ -22,7 +22,7 @@ from studio.evaluate.lines import direction_kept, likeliest_tonic, notes_of, orn
 from studio.evaluate.music_card import figures_of
 from studio.evaluate.pitch import PitchTrack
 from studio.evaluate.recital import Played, Playing, Recital, Recording, fields_in, read_recordings
-from studio.sound_pictures import pitch_histogram, spectrogram
+from studio.sound_pictures import mode_in, pitch_histogram, spectrogram
 from studio.waves import HEAT, LOWEST_HZ
 
 RATE = 12_000
@@ -179,6 +179,9 @@ def test_very_short_sounds_have_pictures(samples):
     wave = np.zeros(samples, np.float32)
     assert spectrogram(wave, RATE).size == (720, 220)
     assert pitch_histogram(wave, RATE, "yaman").size == (720, 220)
+    assert mode_in("a slow Ussak taksim on a ney") == "Uşşak"
+    assert mode_in("a tune in d Minor") == "minor"
+    assert mode_in("a drum") == ""
 
 
 def test_an_unknown_mode_names_the_nearest():

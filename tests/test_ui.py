@@ -447,6 +447,21 @@ def test_clips_and_music_are_made_shown_and_restored_on_the_same_page(other_medi
         works.work_of("../../etc/passwd")
 
 
+def test_beats_and_chords_are_asked_for_where_the_base_hears_them(tmp_path):
+    from studio.bases.mustango import Mustango
+
+    Mustango.tiny().pipe.save_pretrained(tmp_path / "mustango")
+    values = {"prompt": "a tune", "beats": "90 bpm 3/4", "chords": " Dm A7 "}
+    deaf = order.changed(order_of(draft_of(""), "audio"), values)
+    assert "data-edit='beats'" not in order.html(deaf)
+    assert order.request_of(deaf)["prompt"] == "a tune"
+    hearing = order.changed(deaf, {"base": str(tmp_path / "mustango")})
+    assert "data-edit='beats'" in order.html(hearing)
+    assert order.request_of(hearing)["prompt"] == "a tune | beats: 90 bpm 3/4 | chords: Dm A7"
+    without = order.changed(hearing, {"beats": "", "chords": ""})
+    assert order.request_of(without)["prompt"] == "a tune"
+
+
 def test_a_spectrogram_shows_a_tone_at_its_height_and_a_waveform_its_loudness(tmp_path):
     import numpy as np
     import soundfile

@@ -45,6 +45,10 @@ CLIP = (
     Field("loop", "bool", "It ends where it began, and plays in a circle.", default=True),
 )
 SECONDS = Field("seconds", "float", f"Length. {OWN}", optional=True, minimum=0.1, maximum=600)
+SIGNS = (
+    Field("beats", "text", "A tempo and a metre, 96 bpm 4/4, or counts: 1@0.5 2@1.1. Empty: not told.", optional=True),
+    Field("chords", "text", "Am Dm E7, spread evenly, or with seconds: Am@0 F@2.5. Empty: not told.", optional=True),
+)  # of bases that are told them beside the words
 KNOBS = {
     "image": (NEGATIVE, STEPS, GUIDANCE, *SIZE),
     "video": (NEGATIVE, STEPS, GUIDANCE, *SIZE),
@@ -61,6 +65,16 @@ def media() -> list[str]:
 
 def bases_here(medium: str) -> list[str]:
     return [row["name"] for row in schemas()["bases"] if row["medium"] == medium and row["offline"]]
+
+
+def hears_signs(name: str) -> bool:
+    """Whether a base, by name or folder, is a Mustango, which is told beats and chords."""
+    if row := next((row for row in schemas()["bases"] if row["name"] == name), None):
+        return bool(row.get("family") == "mustango")
+    try:
+        return "MustangoPipeline" in (Path(name).expanduser() / "model_index.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,12 @@ class Order:
 
     def number(self, knob: Field) -> Any:
         return form.value_of(knob, self.shown(knob))
+
+    @property
+    def signs(self) -> tuple[Field, ...]:
+        """The knobs for beats and chords, if the base that is chosen hears them."""
+        chosen = str(self.get("base") or "") or next(iter(bases_here(self.medium)), "")
+        return SIGNS if self.medium == "audio" and hears_signs(chosen) else ()
 
     def keep(self) -> Order:
         told = {"values": self.values, "adapters": self.adapters, "boxes": self.boxes}
@@ -173,6 +193,9 @@ def request_of(order: Order) -> dict[str, Any]:
     prompt = str(order.get("prompt")).strip()
     if not prompt:
         raise RequestError("the prompt is empty", f"say what to make, for example: {TRY[order.medium]}")
+    for sign in order.signs:
+        if told := str(order.get(sign.key)).strip():
+            prompt += f" | {sign.key}: {told}"
     names = checked(order.adapters)
     knobs = {knob.key: order.number(knob) for knob in (COUNT, SEED, *FIRST[order.medium], *KNOBS[order.medium])}
     request = {
@@ -233,7 +256,9 @@ def html(order: Order) -> str:
         f"id='p-{order.medium}' data-edit='prompt' maxlength='2000' placeholder='{pieces.text(TRY[order.medium])}'>"
         f"{pieces.text(order.get('prompt'))}</textarea></div>"
     )
-    knobs = [fields.control(knob, order.shown(knob)) for knob in (*FIRST[order.medium], COUNT, SEED, LOCK)]
+    knobs = [
+        fields.control(knob, order.shown(knob)) for knob in (*FIRST[order.medium], *order.signs, COUNT, SEED, LOCK)
+    ]
     return (
         fields.row(prompt) + _adapters(order) + fields.row(*knobs) + _given(order) + _regions(order) + _advanced(order)
         + _sweep(order) + "<div class='buttons'>"

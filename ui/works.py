@@ -76,6 +76,12 @@ def _figure(path: Path, said: str) -> str:
     )
 
 
+DRAWN = {
+    "spectrum": "spectrogram, low notes below",
+    "pitch": "how often each pitch sounds, with lines where the mode has degrees, on the tonic that fits best",
+}
+
+
 def _face(path: Path) -> Path:
     """The picture that stands for a work: of a sound its waveform."""
     return path.with_suffix(".wave.webp") if path.suffix in SOUND_SUFFIXES else path
@@ -83,11 +89,10 @@ def _face(path: Path) -> Path:
 
 def _view(path: Path, title: str, url: str) -> str:
     if path.suffix in SOUND_SUFFIXES:
-        spectrum = path.with_suffix(".spectrum.webp")
         drawn = f"<img alt='waveform' src='{pieces.text(url)}'>" if url else ""
-        if spectrum.exists():
-            address = pieces.text(pieces.file_url(spectrum))
-            drawn += f"<img alt='spectrogram, low notes below' src='{address}' loading='lazy'>"
+        for kind, words in DRAWN.items():
+            if (file := path.with_suffix(f".{kind}.webp")).exists():
+                drawn += f"<img class='{kind}' alt='{words}' src='{pieces.text(pieces.file_url(file))}' loading='lazy'>"
         return f"<div class='sound'>{pieces.player(path, title)}{drawn}</div>"
     address = pieces.text(pieces.file_url(path))
     picture = f"<img alt='{pieces.text(title)}' src='{pieces.text(url)}' data-full='{address}' loading='lazy'>"

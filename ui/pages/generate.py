@@ -36,7 +36,7 @@ def edit(medium: str, name: str, event: gr.EventData) -> Any:
     before = order_of(draft_of(name), medium)
     now = order.changed(before, dict(event._data.get("values", {}))).keep()
     key = str(event._data.get("name", ""))
-    anew = key in ("add", "x", "y", "boxes", "width", "height") or key.endswith(":adapter")
+    anew = key in ("add", "base", "x", "y", "boxes", "width", "height") or key.endswith(":adapter")
     moved = key == "boxes" and len(now.boxes) == len(before.boxes)
     return form_of(now) if anew and not moved else gr.skip()
 
@@ -89,7 +89,7 @@ def draw(told: Order) -> Iterator[tuple[Any, Any, Any]]:
             part = (answer["number"] + answer["step"] / answer["steps"]) / total
             yield _progress([*warnings, note], where, part, preview), gr.skip(), gr.skip()
         elif "picture" in answer:
-            made.append((Path(answer["picture"]), f"{told.get('prompt')} - seed {answer['seed']}"))
+            made.append((Path(answer["picture"]), f"{request['prompt']} - seed {answer['seed']}"))
             preview = ""
             yield gr.skip(), results(), gr.skip()
     words = " ".join([f"{len(made)} made.", *warnings])
