@@ -79,6 +79,7 @@ def build_melody(seed: int = 0) -> MusicGen:
         do_sample=True,
         top_k=CODES,
         guidance_scale=3.0,
+        temperature=0.8,
         max_length=8 * RATE_HZ // 240 + CODEBOOKS,
     )
     return MusicGen.at_rest("melody", network, tokenizer, "Apache-2.0")
