@@ -133,6 +133,15 @@ class Preset(Schedule):
 
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR weighting of timesteps; 5 is usual.")
+    first_codebook: float = Field(
+        1.0, gt=0, description="Music as tokens: how much the first codebook counts, which decides what is played."
+    )
+    note_beginnings: float = Field(
+        1.0,
+        gt=0,
+        description="Music as tokens: how much the first frames of a note count in the first codebook. The others go "
+        "on with what they choose.",
+    )
     dco_beta: float | None = Field(
         None,
         gt=0,

@@ -35,7 +35,7 @@ from studio.fit import Task, fit
 from studio.keyed import key_of
 from studio.method import Method, Origin, PatchMethod, methods
 from studio.music.denoising import DenoisingTask, scores_of
-from studio.music.task import SoundTask, refuse_picture_settings
+from studio.music.task import SoundTask, refuse_picture_settings, refuse_token_settings
 from studio.paths import assets_dir, studio_home
 from studio.preset import Preset, apply_settings, make_preset, parse_setting, read_preset
 from studio.report import write_report
@@ -265,6 +265,8 @@ def plan(order: Order, looking: Looking = lambda done, total: None) -> Training:
     if base.medium == "audio":
         assert isinstance(preset.method, PatchMethod)
         refuse_picture_settings(preset.method, preset, base)
+    if base.medium != "audio" or hasattr(base, "objective"):
+        refuse_token_settings(preset)
     if isinstance(base, StickerVideo):
         assert isinstance(preset.method, PatchMethod)
         refuse_still_settings(preset.method, preset, base)

@@ -29,6 +29,7 @@ from studio import jobs
 from studio.errors import StudioError, reason_of
 
 PREVIEWS = 5  # intermediate pictures of each drawing
+PITCHES = (400, 150)  # pixels of a histogram of pitch
 LOOK_EVERY_SECONDS = 1.0
 
 
@@ -77,7 +78,7 @@ def _drawn_sound(path: Path, base: Any, prompt: str) -> dict[str, Any]:
     if mode := sound_pictures.mode_in(prompt):
         wave, rate, _ = waves.read_wave(path)
         drawn = path.with_suffix(".pitch.webp")
-        sound_pictures.pitch_histogram(wave, rate, mode).save(drawn, "WEBP", quality=90)
+        sound_pictures.pitch_histogram(wave, rate, mode, *PITCHES).save(drawn, "WEBP", quality=90)
         found["pitch"] = str(drawn)
     return found
 

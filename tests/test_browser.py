@@ -301,6 +301,9 @@ def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
     assert fresh.locator(".grid thead th").all_inner_texts() == ["no adapter", "strength 0.5", "strength 1"]
 
 
+WIDTH = "picture => picture.decode().then(() => picture.naturalWidth)"  # once it has come
+
+
 def asking(page, medium, field, prompt):
     """The part of the page for a medium, with the prompt typed in."""
     page.get_by_role("tab", name=medium).click()
@@ -339,7 +342,7 @@ def test_a_melody_is_made_and_can_be_heard_and_seen(server, tab):
     fill(panel, "seconds", "1")
     page.click("#generate-audio")
     panel.locator(".works:not(.small) audio").first.wait_for()
-    assert panel.locator("img[alt='waveform']").first.evaluate("picture => picture.naturalWidth") > 0
+    assert panel.locator("img[alt='waveform']").first.evaluate(WIDTH) > 0
     assert panel.locator("img.pitch").count() == 0  # no mode is named
     duration = panel.locator("audio").first.evaluate(
         "sound => new Promise(done => { sound.onloadedmetadata = () => done(sound.duration); sound.load(); })"
@@ -359,7 +362,7 @@ def test_a_base_that_hears_beats_and_chords_is_told_them(server, tab):
     fill(panel, "seconds", "1")
     page.click("#generate-audio")
     panel.locator(".works:not(.small) audio").first.wait_for()
-    assert panel.locator("img.pitch").first.evaluate("picture => picture.naturalWidth") > 0
+    assert panel.locator("img.pitch").first.evaluate(WIDTH) > 0
     assert "| beats: 90 bpm 3/4 | chords: Dm" in panel.locator(".works:not(.small) figcaption").first.inner_text()
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from studio.bases.musicgen import MusicGen
 from studio.cli import run as studio
+from studio.data.cache import Cache
 from studio.data.recordings import scan_recordings
 from studio.data.sounds import LOUDEST, Sound, facts_in, read_sound, save_sound
 from studio.errors import DataError, PresetError, RequestError, WorkError
 from studio.preset import Data
-from studio.training import Order, plan, plan_resume
+from studio.training import Order, adapter_training, plan, plan_resume
 
 RATE = 1600
 BUSY = ("batch_size=2", "data.caption_dropout=0.4", "data.validation=1", "learning_rate=1e-2", "lr_schedule=cosine")
@@ -193,6 +194,29 @@ def test_samples_are_sounds_and_row_0_is_the_base(recipe, tmp_path, folder_of_mu
     assert torch.allclose(read_sound(paths[0]).wave, bare.wave, atol=2**-15)
     assert not torch.equal(read_sound(paths[2]).wave, read_sound(paths[0]).wave)
     assert "<audio" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_beginnings_of_notes_count_more_where_they_are_heard(tmp_path, recipe):
+    notes = np.concatenate([tone(hz, 0.25)[:, 0] * np.linspace(1, 0.1, 400) for hz in (110, 220, 147, 196)])
+    (tmp_path / "played").mkdir()
+    soundfile.write(tmp_path / "played" / "a.wav", notes.astype("float32"), RATE)
+    settings = ("first_codebook=2", "note_beginnings=3", "data.seconds=1")
+    training = plan(Order(recipe, data=str(tmp_path / "played"), run=tmp_path / "run", settings=settings))
+    base, preset, cache = training.base, training.preset, Cache(tmp_path / "cache")
+    task = adapter_training(preset.method, base, preset, training.run, training.pictures, training.card, cache)
+    assert list(task.prepare())
+    weights, rate = task.examples[0].weights, base.frame_rate_hz
+    assert weights[1:].unique().tolist() == [1]
+    assert set(weights[0].unique().tolist()) == {2, 6}
+    for begun in (0.25, 0.5, 0.75):
+        assert weights[0, round(begun * rate) + 1] == 6
+    assert weights[0, round(0.22 * rate)] == 2
+
+
+def test_what_counts_more_of_tokens_is_refused_where_none_are_written(tmp_path, recordings):
+    order = Order("mustango-raga", data=str(recordings), run=tmp_path / "run", settings=("first_codebook=2",))
+    with pytest.raises(PresetError, match="writes no tokens"):
+        plan(order)
 
 
 def test_the_loss_falls(recipe, tmp_path):

@@ -181,7 +181,7 @@ def test_a_decoder_learns_on_the_codes_of_the_codec_that_it_is_given(tmp_path, c
 
 
 def test_frames_count_more_in_which_a_piece_of_the_batch_begins_a_note(tmp_path, codec_run):
-    settings = (*DECODER, *QUIET, f"method.init_from={codec_run / 'base'}", "method.note_beginnings=5")
+    settings = (*DECODER, *QUIET, f"method.init_from={codec_run / 'base'}", "note_beginnings=5")
     training = plan(Order("base-melody", run=tmp_path / "run", settings=settings))
     task = training.preset.method.task(training.base, training.preset, training.run)
     codes, captions = task.pool.batch(4, 0, range(2))

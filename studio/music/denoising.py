@@ -74,7 +74,7 @@ class DenoisingTask(SoundTraining):
     def encode(self, piece: Piece) -> Example:
         name = f"{piece.name} from {piece.start_seconds:g} s"
         return ScoredExample(
-            name, self.sound_of(piece, "mel latents", torch.float32), piece.caption, self.scores[piece]
+            name, self.sound_of(piece, "mel latents", torch.float32), piece.caption, score=self.scores[piece]
         )
 
     def words_of(self, example: Example) -> str:

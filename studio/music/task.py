@@ -24,8 +24,10 @@ from studio.data.cache import Cache
 from studio.data.order import Order
 from studio.data.recordings import Piece, SoundSet
 from studio.errors import PresetError
+from studio.evaluate.beats import onset_envelope, onsets
 from studio.keyed import torch_generator
 from studio.method import PatchMethod
+from studio.music.emphasis import emphasis
 from studio.music.listening import save_sample
 from studio.preset import Preset
 from studio.run import Event, Run
@@ -33,11 +35,15 @@ from studio.run import Event, Run
 
 @dataclass
 class Example:
-    """One piece as it is trained on: its codes (K, F) or latents (Z, F, bands), and what it is told of."""
+    """One piece as it is trained on: its codes (K, F) or latents (Z, F, bands), and what it is told of.
+
+    `weights` (K, F) say how much each code counts.
+    """
 
     name: str
     codes: Tensor
     caption: str
+    weights: Tensor | None = None
 
 
 class SoundTraining(AdapterTraining):
@@ -138,22 +144,31 @@ class SoundTask(SoundTraining):
 
     def encode(self, piece: Piece) -> Example:
         codes = self.sound_of(piece, "codes", torch.int16)
-        return Example(f"{piece.name} from {piece.start_seconds:g} s", codes.long(), piece.caption)
+        begun = self._beginnings(piece) if self.preset.note_beginnings != 1 else []
+        weights = emphasis((codes.shape[0], codes.shape[1]), begun, self.preset)
+        return Example(f"{piece.name} from {piece.start_seconds:g} s", codes.long(), piece.caption, weights)
+
+    def _beginnings(self, piece: Piece) -> list[int]:
+        """The frames in which notes of a recording begin, as far as they are heard to."""
+        wave = piece.load(self.base.sample_rate_hz, self.base.channels).mean(0).numpy()
+        heard = onsets(onset_envelope(wave, self.base.sample_rate_hz))
+        return [int(seconds * self.base.frame_rate_hz) for seconds in heard]
 
     def losses(self, step: int, micro: int, slots: range) -> Tensor:
         examples = self.examples_at(step, micro, slots)
         generators = [torch_generator("sample", self.preset.seed, step, micro, slot) for slot in slots]
         dropped = [float(torch.rand((), generator=g)) < self.preset.data.caption_dropout for g in generators]
-        return self._losses(examples, ["" if drop else e.caption for e, drop in zip(examples, dropped)])
+        told = ["" if drop else e.caption for e, drop in zip(examples, dropped)]
+        weights = torch.stack([e.weights for e in examples if e.weights is not None])
+        return self.base.losses(self._codes(examples), self.condition_of(told), weights)
 
-    def _losses(self, examples: list[Example], captions: list[str]) -> Tensor:
-        codes = torch.stack([example.codes for example in examples])
-        return self.base.losses(codes, self.condition_of(captions))
+    def _codes(self, examples: list[Example]) -> Tensor:
+        return torch.stack([example.codes for example in examples])
 
     def held_out_losses(self) -> Iterator[Tensor]:
         """Cross-entropy in nats per code; there is nothing random in it."""
         for example in self.held_out:
-            yield self._losses([example], [example.caption])
+            yield self.base.losses(self._codes([example]), self.condition_of([example.caption]))
 
 
 def refuse_picture_settings(method: PatchMethod, preset: Preset, base: Any) -> None:
@@ -175,3 +190,10 @@ def refuse_picture_settings(method: PatchMethod, preset: Preset, base: Any) -> N
         raise PresetError(
             f"{wrong}: that is for bases of pictures, and '{preset.base}' makes music", f"leave {wrong} out"
         )
+
+
+def refuse_token_settings(preset: Preset) -> None:
+    """Raises PresetError for settings that mean something only to a base that writes tokens."""
+    wrong = next((key for key in ("first_codebook", "note_beginnings") if getattr(preset, key) != 1), None)
+    if wrong is not None:
+        raise PresetError(f"{wrong}: '{preset.base}' writes no tokens", f"leave {wrong} out")

@@ -57,21 +57,10 @@ class ScratchMusic(Method):
         0.35, ge=0, le=1, description="Codec: share of the steps that train a plain autoencoder, before codes begin."
     )
     commitment: float = Field(0.25, ge=0, description="Codec: weight of keeping frames near their codes.")
-    first_codebook: float = Field(
-        1.0,
-        gt=0,
-        description="Decoder: how many times as much the first codebook counts, which decides what is played.",
-    )
     openings: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (1.0, 0.5, 0.25, 0.125),
         min_length=1,
         description="Decoder: what a batch has of its pieces, one of these shares from their beginning.",
-    )
-    note_beginnings: float = Field(
-        1.0,
-        gt=0,
-        description="Decoder: how many times as much the first frames of a note count in the first codebook: what they "
-        "choose, all others go on with.",
     )
     spectral_weight: float = Field(
         0.3, ge=0, description="Codec: weight of the spectra's distance against the wave's relative squared error."

@@ -20,6 +20,7 @@ from studio.data.sounds import Sound
 from studio.errors import PresetError
 from studio.keyed import numpy_generator, torch_generator
 from studio.music.codebooks import Codebooks
+from studio.music.emphasis import emphasis
 from studio.music.listening import save_sample
 from studio.music.spectra import spectral_distance
 from studio.preset import Preset
@@ -30,7 +31,6 @@ CODEBOOKS = "codebooks.safetensors"
 PIECE_SECONDS = 4.0  # of what the codec's crops are taken from
 FIRST_FRAMES = 64  # crops that codebooks begin with
 VALIDATION_PIECES = 16
-BEGINNING = 5  # frames of a note in which its pitch is chosen: the first of plucked strings, the third of slow attacks
 
 
 class CodecTask(MusicTask):
@@ -159,18 +159,15 @@ class DecoderTask(MusicTask):
         told = [
             "" if float(torch.rand((), generator=torch_generator(*k))) < dropout else c for k, c in zip(keys, captions)
         ]
-        # The scores of pieces are needed only where the beginnings of their notes count more.
-        pieces = self.pool.keys(step, micro, slots) if self.method.note_beginnings != 1 else []
-        return self.base.losses(codes.long(), self.base.encode_prompts(told), self._weights(pieces, codes))
+        weights = self._weights(self.pool.keys(step, micro, slots), codes)
+        return self.base.losses(codes.long(), self.base.encode_prompts(told), weights)
 
     def _weights(self, keys: list[tuple[object, ...]], codes: Tensor) -> Tensor:
-        """How much each of the codes (B, K, F) counts, with the notes of the pieces of these keys."""
-        weights = torch.ones(codes.shape)
-        weights[:, 0] = self.method.first_codebook
-        for row, key in zip(weights, keys):
-            for frame in self._beginnings(key):
-                row[0, frame : frame + BEGINNING] = self.method.first_codebook * self.method.note_beginnings
-        return weights
+        """How much each of the codes (B, K, F) of the pieces of these keys counts."""
+        shape = codes.shape[1], codes.shape[2]
+        if self.preset.note_beginnings == 1:  # the pieces' scores are not needed
+            return emphasis(shape, (), self.preset).expand(len(keys), *shape)
+        return torch.stack([emphasis(shape, self._beginnings(key), self.preset) for key in keys])
 
     def _beginnings(self, key: tuple[object, ...]) -> list[int]:
         """The frames in which notes of a piece begin."""
