@@ -15,7 +15,7 @@ from torch import Tensor
 
 QUIETEST = 1e-5
 PEAK = 0.5  # of the waves that the published networks were trained on
-UPDATES = 100
+UPDATES = 100  # towards magnitudes that have the bands
 MOMENTUM = 0.99  # Perraudin et al. 2013, fast Griffin-Lim
 
 
