@@ -67,17 +67,22 @@ def finished_run(home):
     return run
 
 
-@pytest.fixture
-def adapter_file(tiny_base_folder, tmp_path):
-    """A real adapter of the tiny base, as a file outside the library."""
+def adapter_of(base_name, path: Path) -> Path:
+    """A real adapter, fresh, of two layers of a base."""
     from studio.adapter import Card, new_adapter
     from studio.bases.registry import load_base
 
-    base = load_base(tiny_base_folder)
+    base = load_base(base_name)
     sites = {name: site.shape for name, site in list(base.select(("attention",)).items())[:2]}
     card = Card(method={"kind": "lora", "rank": 2}, base=base.identity(), sites=sites, trigger="blip", steps=3)
-    new_adapter(card).save(tmp_path / "my cat.safetensors")
-    return tmp_path / "my cat.safetensors"
+    new_adapter(card).save(path)
+    return path
+
+
+@pytest.fixture
+def adapter_file(tiny_base_folder, tmp_path):
+    """An adapter of the tiny base, as a file outside the library."""
+    return adapter_of(tiny_base_folder, tmp_path / "my cat.safetensors")
 
 
 class Clicked:
@@ -354,6 +359,19 @@ def test_boxes_from_a_browser_are_inside_the_picture_or_refused():
     for boxes in ("[[0, 0, 2, 1]]", "[[0.5, 0, 0.2, 1]]", "[[0, 0, 1]]", "{", "[[0, 0, 1, 1]]" * 2, "[1]"):
         with pytest.raises(RequestError):
             changed(told, {"boxes": boxes})
+
+
+def test_beats_and_chords_can_be_told_where_the_base_that_will_play_hears_them(tmp_path):
+    library.add("yaman", adapter_of("melody-diffusion", tmp_path / "a.safetensors"), {})
+    library.add("bass", adapter_of("melody", tmp_path / "b.safetensors"), {})
+
+    def told(base, *adapters):
+        order = Order(draft_of(""), "audio", {"base": base, "prompt": "a tune", "beats": "96 bpm 4/4"}, adapters)
+        return "| beats: 96 bpm 4/4" in request_of(order)["prompt"]
+
+    assert told("melody-diffusion", "bass")
+    assert told("", "yaman")
+    assert not any((told("melody", "yaman"), told("", "bass"), told("")))
 
 
 def test_taking_a_region_out_moves_the_prompts_of_the_others_along():

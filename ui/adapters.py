@@ -29,6 +29,14 @@ def adapter_choices(medium: str = "") -> list[tuple[str, str]]:
     return found
 
 
+def family_of(name: str) -> str:
+    """The family of the base that an adapter of the library was made for; "" of one that cannot be read."""
+    try:
+        return str(read_card(library.find(name)).get("base", {}).get("family", ""))
+    except (AdapterError, RequestError):
+        return ""
+
+
 def checked(names: Sequence[str] | None) -> list[str]:
     """The names, if the library has them all. Raises RequestError."""
     known = {entry.name for entry in library.entries()}

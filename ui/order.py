@@ -15,7 +15,7 @@ from studio.errors import RequestError
 from studio.schemas import schemas
 from studio.thumbnails import make_thumbnails
 from ui import fields, form, pieces, settings
-from ui.adapters import adapter_choices, checked
+from ui.adapters import adapter_choices, checked, family_of
 from ui.draft import Draft
 from ui.form import Field
 from ui.sweep import AXES, EXAMPLES, sweep_of
@@ -98,9 +98,12 @@ class Order:
 
     @property
     def signs(self) -> tuple[Field, ...]:
-        """The knobs for beats and chords, if the base that is chosen hears them."""
-        chosen = str(self.get("base") or "") or next(iter(bases_here(self.medium)), "")
-        return SIGNS if self.medium == "audio" and hears_signs(chosen) else ()
+        """The knobs for beats and chords, if the base that will play hears them."""
+        if self.medium != "audio":
+            return ()
+        if not self.get("base") and self.adapters:
+            return SIGNS if family_of(self.adapters[0]) == "mustango" else ()
+        return SIGNS if hears_signs(str(self.get("base") or "") or next(iter(bases_here("audio")), "")) else ()
 
     def keep(self) -> Order:
         told = {"values": self.values, "adapters": self.adapters, "boxes": self.boxes}
