@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,15 @@ from studio.data.melodies.modes import MAKAMS, RAGAS, UNTAUGHT
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound
 from studio.errors import BaseError, PresetError
-from studio.evaluate.melody_card import fit_judge, listen, marks, measure_codec, measure_prompts
+from studio.evaluate.melody_card import (
+    Heard,
+    fit_judge,
+    listen,
+    marks,
+    measure_codec,
+    measure_prompts,
+    usual_moves,
+)
 from studio.evaluate.melody_card import main as card
 from studio.music.codebooks import Codebooks, k_means, nearest
 from studio.music.score import read_score
@@ -291,6 +300,14 @@ def test_marks_are_full_for_what_was_asked_and_low_for_another_key():
     assert off["in_scale"] < 0.5
     assert off["begins"] == 0
     assert KEYS[9] == "A"
+
+
+@pytest.mark.parametrize("word", ["slow", "", "fast"])
+def test_the_pace_of_a_line_is_that_of_the_word_whose_lines_move_as_often(word):
+    heard = Heard(np.zeros(9), usual_moves("western", word), 100.0, "flute")
+    fields = Fields("western", "flute", "major", "steady", "", "C")
+    told = {tempo: marks(heard, replace(fields, tempo=tempo))["pace"] for tempo in ("slow", "", "fast")}
+    assert told == {tempo: float(tempo == word) for tempo in told}
 
 
 def test_the_card_is_written_by_one_command(tmp_path):

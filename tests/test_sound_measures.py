@@ -7,7 +7,7 @@ from studio.data.melodies.cycles import USULS
 from studio.data.melodies.modes import MAKAMS, MODES, RAGAS
 from studio.data.melodies.source import draw_melody
 from studio.evaluate.beats import cycle_correlation, estimate_tempo, f_measure, onset_envelope, onsets, same_tempo
-from studio.evaluate.lines import mode_likelihoods, weights_of
+from studio.evaluate.lines import mode_likelihoods, moves_a_second, weights_of
 from studio.evaluate.pitch import compare_pitch, track_pitch
 from studio.evaluate.scales import chance_in_scale, in_scale_share, log_likelihood
 from studio.evaluate.timbre import TimbreJudge, timbre_features
@@ -67,6 +67,17 @@ def test_a_line_equals_itself_and_is_a_semitone_from_its_transposition():
 
 
 # -- scales ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moves", [0, 1, 4])
+def test_moves_of_a_line_are_counted_through_noise_and_vibrato_is_none(moves):
+    at = np.arange(5 * RATE) / RATE
+    turns = np.floor(at * moves) % 2
+    cents = 300 * turns + 20 * np.sin(2 * np.pi * 5 * at)
+    wave = np.sin(2 * np.pi * np.cumsum(220 * 2 ** (cents / 1200)) / RATE)
+    noisy = wave + 0.01 * np.random.default_rng(0).standard_normal(len(wave))
+    assert moves_a_second(track_pitch(noisy, RATE)) == pytest.approx(moves, abs=0.3)
+    assert moves_a_second(track_pitch(noisy[:10], RATE)) == 0
 
 
 def test_a_line_on_its_degrees_is_in_its_scale_and_one_between_them_is_not():

@@ -16,6 +16,7 @@ USUAL, OCTAVES = 110.0, 0.9  # the tempo that is likeliest beforehand, and the s
 TOLERANCE = 0.07  # seconds that a beat may be off
 APART = 0.08  # seconds between two onsets at least
 LATENCY = 0.005
+FLOOR = 0.01  # of the loudest, under which nothing is heard: a codec's noise would be onsets
 
 
 def onset_envelope(wave: NDArray[np.floating], rate_hz: int) -> Array:
@@ -28,7 +29,7 @@ def onset_envelope(wave: NDArray[np.floating], rate_hz: int) -> Array:
     power = np.abs(np.fft.rfft(padded[starts[:, None] + np.arange(window)] * shape)) ** 2
     edges = np.unique(np.geomspace(1, power.shape[1], BANDS + 1).round().astype(int))
     bands = np.add.reduceat(power, edges[:-1], axis=1)
-    loudness = np.log(bands + 1e-4 * bands.max() + 1e-12)
+    loudness = np.log(bands + FLOOR * bands.max() + 1e-12)
     rise = np.maximum(loudness[2:] - loudness[:-2], 0).mean(1)
     return np.concatenate([[0.0], rise, [0.0]])
 

@@ -12,13 +12,14 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import median_filter
 
 from studio.data.melodies.composing import compose
 from studio.data.melodies.cycles import CYCLES
 from studio.data.melodies.fields import Fields
 from studio.data.melodies.modes import OCTAVE, Mode
 from studio.data.melodies.voices import PLAYED
-from studio.evaluate.pitch import PitchTrack
+from studio.evaluate.pitch import HOP_SECONDS, PitchTrack
 from studio.evaluate.scales import TOLERANCE, log_likelihood
 from studio.keyed import numpy_generator
 
@@ -76,6 +77,16 @@ def notes_of(track: PitchTrack, degrees: Sequence[float], tonic_hz: float) -> li
         if since == SHORTEST_FRAMES and np.isfinite(resting) and (not found or found[-1] != resting):
             found.append(float(resting))
     return found
+
+
+def moves_a_second(track: PitchTrack) -> float:
+    """How often a line goes to another pitch, a quarter tone away or more within 60 ms; 0 where nothing is voiced.
+
+    Onsets of what went through a codec are drowned in its noise; pitches are not.
+    """
+    cents = median_filter(track.cents(440.0), 5, mode="nearest")
+    far = np.abs(cents[SHORTEST_FRAMES:] - cents[:-SHORTEST_FRAMES]) > 50
+    return np.count_nonzero(far[1:] & ~far[:-1]) / (max(len(track.hz), 1) * HOP_SECONDS)
 
 
 def direction_kept(notes: Sequence[float], mode: Mode) -> float:

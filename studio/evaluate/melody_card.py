@@ -35,7 +35,7 @@ from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
 from studio.errors import DataError, StudioError
 from studio.evaluate.beats import estimate_tempo, onset_envelope
-from studio.evaluate.lines import mode_likelihoods
+from studio.evaluate.lines import mode_likelihoods, moves_a_second
 from studio.evaluate.pitch import compare_pitch, track_pitch
 from studio.evaluate.scales import in_scale_share
 from studio.evaluate.timbre import TimbreJudge, timbre_features
@@ -50,6 +50,7 @@ JUDGE_PIECES = 168
 TOGETHER = 12  # pieces through the base at a time
 SHOWN = 6  # prompts that the sheet has
 FIRST_NOTE = slice(3, 9)  # voiced frames
+PACED = 8  # true renderings of each tempo that tell how often its lines move
 TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
 
 
@@ -103,9 +104,10 @@ def _usage(codes: torch.Tensor) -> list[dict[str, float]]:
 
 @dataclass(frozen=True, eq=False)
 class Heard:
-    """What the measures make of one sound: cents above A4, beats a minute, and the instrument's name."""
+    """What the measures make of one sound: cents above A4, moves a second, beats a minute, the instrument's name."""
 
     cents: NDArray[np.float64]
+    moves: float
     tempo: float
     instrument: str
 
@@ -137,15 +139,17 @@ def fit_judge(
 
 
 def listen(wave: NDArray[np.floating], rate_hz: int, judge: TimbreJudge) -> Heard:
-    tempo = estimate_tempo(onset_envelope(wave, rate_hz))
-    return Heard(track_pitch(wave, rate_hz).cents(440.0), tempo, judge.name(timbre_features(wave, rate_hz)))
+    track, tempo = track_pitch(wave, rate_hz), estimate_tempo(onset_envelope(wave, rate_hz))
+    instrument = judge.name(timbre_features(wave, rate_hz))
+    return Heard(track.cents(440.0), moves_a_second(track), tempo, instrument)
 
 
 def marks(heard: Heard, fields: Fields) -> dict[str, float]:
     """How a sound does against fields, each in [0, 1] or NaN.
 
     `begins` says whether the first note is where melodies in the mode begin; `mode` whether it is the likeliest of its
-    tradition; `tempo` whether the tempo is what the word means, up to octaves.
+    tradition; `pace` whether the line moves about as often as lines of this tempo's word do, rather than another's;
+    `tempo` whether its beat is what the word means, up to octaves.
     """
     mode, tonic = MODES[fields.tradition][fields.mode], 1200 * float(np.log2(tonic_of(fields) / 440))
     cents = heard.cents - tonic
@@ -153,6 +157,7 @@ def marks(heard: Heard, fields: Fields) -> dict[str, float]:
         "begins": float(_begins_at(cents, mode.begins)),
         "in_scale": in_scale_share(cents, mode.degrees),
         "mode": float(_mode_of(heard, fields.tradition, tonic) == fields.mode),
+        "pace": float(_pace_of(heard.moves, fields.tradition) == fields.tempo),
         "tempo": float(tempo_fits(heard.tempo, fields)),
         "instrument": float(heard.instrument == fields.instrument),
     }
@@ -171,6 +176,24 @@ def _mode_of(heard: Heard, tradition: str, tonic: float) -> str:
         return ""
     found = mode_likelihoods(heard.cents - tonic, MODES[tradition])
     return max(found, key=lambda name: found[name])
+
+
+def _pace_of(moves: float, tradition: str) -> str:
+    """The tempo's word whose lines move about as often, by ratio."""
+    usual = {word: usual_moves(tradition, word) for word in TEMPI[tradition]}
+    return min(usual, key=lambda word: abs(np.log((moves + 0.1) / (usual[word] + 0.1))))
+
+
+@cache
+def usual_moves(tradition: str, tempo: str) -> float:
+    """Moves a second of lines of a tempo's word, the median over true renderings."""
+    found = []
+    for number in range(PACED):
+        fields = draw_fields(numpy_generator("paces", tradition, number), (tradition,))
+        key = ("paces", tradition, tempo, number)
+        piece = draw_melody(key, CODEC_SECONDS, 12_000, TRADITIONS, fields=replace(fields, tempo=tempo), stem=True)
+        found.append(moves_a_second(track_pitch(piece.wave[0].numpy(), 12_000)))
+    return float(np.median(found))
 
 
 def tempo_fits(tempo: float, fields: Fields) -> bool:
