@@ -17,7 +17,7 @@ import yaml
 from studio.comparing.bare_base import zero_smallest
 from studio.comparing.jobs import Job, cell_preset, flat, make_jobs
 from studio.comparing.lessons import Lesson, make_lesson
-from studio.comparing.plots import HEIGHT, LEFT, WIDTH, Axis, Point, scatter
+from studio.comparing.plots import HEIGHT, LEFT, WIDTH, Axis, Point, _Frame, scatter
 from studio.comparing.publish import publish
 from studio.comparing.schedule import alone_in, run_jobs, seconds_left
 from studio.comparing.study import Study, read_study, study_files
@@ -493,6 +493,15 @@ def test_a_plot_has_each_point_where_its_values_are():
     assert low[0] < 100
     assert high[0] > 400
     assert low[1] > high[1] + 150
+
+
+def test_names_of_levels_at_one_height_stand_side_by_side():
+    points = [Point("only", Summary(1, 0, 1), Summary(0.5, 0, 1))]
+    frame = _Frame("t", Axis("x"), Axis("y"), points, {"one": 0.0, "the other": 0.01, "far": 1.0})
+    frame.draw()
+    one, other, far = frame.labels
+    assert other[2] < one[0]
+    assert far[2] == one[2]
 
 
 # -- music -----------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class _Frame:
         self.title, self.x, self.y, self.points, self.levels = title, x, y, points, levels
         self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
         self.pen = ImageDraw.Draw(self.image)
+        self.labels: list[tuple[float, float, float, float]] = []  # boxes of the names of levels
         self.x_range = _range([x.of(v) for p in points for v in _ends(p.x, x.logarithmic)])
         self.y_range = _range([y.of(v) for p in points for v in _ends(p.y, y.logarithmic)] + list(levels.values()))
 
@@ -91,7 +92,10 @@ class _Frame:
         (left, y), (right, _) = self.place(self.x_range[0], level), self.place(self.x_range[1], level)
         for start in range(int(left), int(right), 12 * SCALE):
             self.pen.line([(start, y), (min(start + 6 * SCALE, right), y)], fill=SOFT, width=SCALE)
-        self.text((right - 4 * SCALE, y - 2 * SCALE), name, 11, "rs", SOFT)
+        beside = [box[0] - 12 * SCALE for box in self.labels if abs(box[3] - y) < 14 * SCALE]
+        at, font = (min([right - 4 * SCALE, *beside]), y - 2 * SCALE), ImageFont.load_default(11 * SCALE)
+        self.labels.append(self.pen.textbbox(at, name, anchor="rs", font=font))
+        self.pen.text(at, name, fill=SOFT, anchor="rs", font=font)
 
     def _point(self, number: int, point: Point) -> None:
         colour = COLOURS[number % len(COLOURS)]
