@@ -70,8 +70,10 @@ class Data(_Settings):
     )
     frames: int = Field(8, ge=1, le=64, description="Clips: most frames of one; longer ones give their key frames.")
     stills: float = Field(0.2, ge=0, le=1, description="Moving stickers: share of clips with a single frame.")
-    traditions: tuple[Literal["western", "raga", "makam"], ...] = Field(
-        ("western", "raga", "makam"), min_length=1, description="Melodies: which music is played."
+    modes: tuple[str, ...] = Field(
+        (),
+        description="Melodies: the modes that are played. Default: all; where they are told, all that are not left to "
+        "adapters.",
     )
     intonation: Literal["theory", "performed"] = Field(
         "theory", description="Melodies: makams as the theory divides the octave, or nearer to how they are played."

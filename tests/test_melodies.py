@@ -152,6 +152,18 @@ def test_western_pieces_are_in_the_keys_that_the_world_plays_in():
     assert drawn == set(PLAYED_KEYS)
 
 
+def test_kinds_of_pieces_are_drawn_in_given_modes_and_of_a_side_of_the_split_or_refused():
+    modes = frozenset({"minor", "Bhupali", "Bhimpalasi"})
+    drawn = [draw_fields(numpy_generator("modes", i), TRADITIONS, modes=modes) for i in range(80)]
+    assert {fields.mode for fields in drawn} == modes
+    assert (
+        20 < sum(fields.tradition == "raga" for fields in drawn) < 60
+    )  # a tradition is not rarer for having few modes
+    assert draw_fields(_rng(), ("raga",), True, modes) == draw_fields(_rng(), ("raga", "makam"), True, modes)
+    with pytest.raises(DataError, match="no makam piece in Rast is held out"):
+        draw_fields(_rng(), ("makam",), True, frozenset({"Rast"}))
+
+
 def test_tempo_words_mean_beats():
     def tempo(word):
         return compose(Fields("western", "piano", "major", "steady", word, "C"), _rng(), 2.0).beats_per_minute

@@ -14,7 +14,7 @@ from studio.bases.musicgen import MusicGen
 from studio.bases.mustango.building import melody_diffusion
 from studio.bases.registry import load_base
 from studio.data.melodies.fields import KEYS, Fields, vocabulary
-from studio.data.melodies.modes import MAKAMS, RAGAS, UNTAUGHT
+from studio.data.melodies.modes import MAKAMS, RAGAS, TAUGHT, TRADITIONS, UNTAUGHT
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound
 from studio.errors import BaseError, PresetError
@@ -199,7 +199,7 @@ def test_frames_count_more_in_which_a_piece_of_the_batch_begins_a_note(tmp_path,
     assert weights.shape == codes.shape
     assert torch.equal(weights[:, 1:], torch.ones(2, 3, 50))
     for key, caption, row in zip(keys, captions, weights[:, 0], strict=True):
-        piece = draw_melody(key, 1.0, 12_000, task.preset.data.traditions, taught=True)
+        piece = draw_melody(key, 1.0, 12_000, TRADITIONS, modes=TAUGHT)
         assert caption.startswith(piece.caption)
         begun = {int(note.start * 50) + i for note in piece.score.notes for i in range(5)} & set(range(50))
         assert {frame for frame in range(50) if row[frame] == 20} == begun
@@ -215,7 +215,7 @@ def test_frames_count_more_in_which_a_piece_of_the_batch_begins_a_note(tmp_path,
         (("method.train=denoiser",), "has no denoiser"),
         (("method.fresh=[vae]",), "no network 'vae'"),
         (("data.seconds=40", "method.train=decoder"), "at once"),
-        (("data.traditions=[]",), "traditions"),
+        (("data.modes=[Rasd]",), "no mode 'Rasd'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_trains(settings, message, tmp_path):
@@ -233,13 +233,57 @@ def test_the_small_mustango_trains_in_two_stages_and_what_comes_out_plays(tmp_pa
     assert encoder.pipe.vae.config.scaling_factor != pytest.approx(0.18215, abs=1e-3)
     fresh = "method.fresh=[unet,text_encoder,beat_encoder,chord_encoder]"
     given = (f"method.init_from={tmp_path / 'vae' / 'base'}", fresh)
-    found = events_of("base-melody-diffusion", tmp_path / "run", *few, *given)
+    found = events_of("base-melody-diffusion", tmp_path / "run", *few, *given, "method.words_first=1")
     assert found[-1].kind == "finished"
     base = load_base(tmp_path / "run" / "base", dtype="fp32", device="cpu")
     assert base.pipe.vae.config.scaling_factor == encoder.pipe.vae.config.scaling_factor
     sound = base.generate(Request(["a tune | beats: 90 bpm 3/4 | chords: Dm"], [0], steps=1, seconds=1.0))[0]
     assert sound.wave.shape == (1, 8000)
     assert sum(path.stat().st_size for path in (tmp_path / "run" / "base").rglob("*") if path.is_file()) < 4_000_000
+
+
+def test_words_are_learned_first_from_noise_alone_and_the_mean_of_pieces_under_them(tmp_path, monkeypatch):
+    settings = ("batch_size=1", "data.pool=1", *QUIET, "method.words_first=1")
+    training = plan(Order("base-melody-diffusion", run=tmp_path / "run", settings=settings))
+    task = training.preset.method.task(training.base, training.preset, training.run)
+    seen = []
+
+    def predict(noisy, time, told):
+        seen.append((noisy, time))
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(training.base, "predict", predict)
+    loss = task.losses(0, 0, range(1))
+    waves, caption = task._kind((training.preset.seed, 0, 0))
+    assert len({float(wave.square().sum()) for wave in waves}) == len(waves) == 8
+    assert task.kinds.captions == [caption]
+    mean = torch.stack([training.base.encode_sounds(wave[None, None])[0] for wave in waves]).mean(0)
+    assert torch.allclose(loss, mean.square().mean(), rtol=1e-3)  # at the last time v is minus the latents
+    task.losses(1, 0, range(1))
+    assert seen[0][1].tolist() == [999]
+    assert seen[1][1].tolist() != [999]
+    assert seen[0][0].std() == pytest.approx(1, abs=0.05)
+    assert "|" in task.pool.captions[0]
+
+
+def test_times_of_a_denoiser_can_be_moved_to_where_the_words_decide(tmp_path, monkeypatch):
+    settings = (
+        "batch_size=2",
+        "data.pool=2",
+        *QUIET,
+        "data.modes=[major]",
+        "method.timestep_shift=1e9",
+        "method.words_first=0",
+    )
+    training = plan(Order("base-melody-diffusion", run=tmp_path / "run", settings=settings))
+    task = training.preset.method.task(training.base, training.preset, training.run)
+    seen = []
+    monkeypatch.setattr(
+        training.base, "predict", lambda noisy, time, told: seen.append(time) or torch.zeros_like(noisy)
+    )
+    assert task.losses(0, 0, range(2)).shape == (2,)
+    assert seen[0].tolist() == [999, 999]
+    assert all("major" in caption for caption in task.pool.captions)
 
 
 def test_a_piece_is_told_by_its_beats_and_the_chord_of_its_key():
@@ -254,7 +298,7 @@ def test_a_piece_is_told_by_its_beats_and_the_chord_of_its_key():
 
 
 def test_bundled_bases_are_never_taught_what_is_left_to_adapters():
-    shown = {draw_melody(("left", i), 0.5, 4000, ("raga", "makam"), taught=True).score.fields.mode for i in range(120)}
+    shown = {draw_melody(("left", i), 0.5, 4000, ("raga", "makam"), modes=TAUGHT).score.fields.mode for i in range(120)}
     assert not shown & UNTAUGHT
     assert len(shown) > 10
     assert {*RAGAS, *MAKAMS} > UNTAUGHT
@@ -320,9 +364,11 @@ def test_the_card_is_written_by_one_command(tmp_path):
     assert set(told["codec"]) >= {"western", "raga", "makam", "all", "codebooks"}
     assert len(list((tmp_path / "card").glob("codec-*.wav"))) == 3
     assert card(["sticker", "--out", str(tmp_path / "no")]) == 2
+    assert card(["melody", "--out", str(tmp_path / "no"), "--modes", "Rasd"]) == 2
+    assert not (tmp_path / "no").exists()
 
 
-def test_a_base_that_hears_beats_and_chords_is_told_those_of_the_true_rendering(monkeypatch):
+def test_a_base_that_hears_beats_and_chords_is_told_those_of_the_true_rendering_and_then_words_alone(monkeypatch):
     base = melody_diffusion(vocabulary(), 0)
     asked = []
 
@@ -332,9 +378,11 @@ def test_a_base_that_hears_beats_and_chords_is_told_those_of_the_true_rendering(
 
     monkeypatch.setattr(base, "generate", played)
     found = measure_prompts(base, 2, 0.8)
-    first, second = (read_score(prompt).within(0.0, 0.8) for prompt in asked)
+    first, second = (read_score(prompt).within(0.0, 0.8) for prompt in asked[::2])
     assert (first.beats[0], second.beats[0]) == ((0.0, 1), (0.0, 1))
     assert len(first.timed_chords) == 1  # a western piece
     assert second.timed_chords == ()  # a raga
+    assert all("|" not in prompt for prompt in asked[1::2])
     assert found["generated"]["begins"] == 0 < found["rendered"]["begins"]
+    assert found["through the base"].keys() == found["held out"].keys()
     assert measure_codec(base, 3)["codebooks"] == []

@@ -2,7 +2,8 @@
 
 Codec: held-out combinations of instrument and mode, the line alone, tracked before and after its codes or latents.
 Prompts: generated pieces against the fields of their prompts; beside them true renderings of the same prompts (what the
-measures can see at all) and chance (each piece against the prompts of all others).
+measures can see at all), those sent through the base's codes or latents (what it could play at best), and chance (each
+piece against the prompts of all others).
 
     python -m studio.evaluate.melody_card runs/codec/base --out card/ --prompts 0
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -30,10 +31,10 @@ from studio.bases.mustango.family import Mustango
 from studio.data.melodies.composing import tonic_of
 from studio.data.melodies.cycles import TEMPI
 from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo, unaccented
-from studio.data.melodies.modes import MODES, OCTAVE, TRADITIONS
+from studio.data.melodies.modes import EVERY, MODES, OCTAVE, TAUGHT, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
-from studio.errors import DataError, StudioError
+from studio.errors import DataError, StudioError, nearest
 from studio.evaluate.beats import estimate_tempo, onset_envelope
 from studio.evaluate.lines import mode_likelihoods, moves_a_second
 from studio.evaluate.pitch import compare_pitch, track_pitch
@@ -51,6 +52,7 @@ TOGETHER = 12  # pieces through the base at a time
 SHOWN = 6  # prompts that the sheet has
 FIRST_NOTE = slice(3, 9)  # voiced frames
 PACED = 8  # true renderings of each tempo that tell how often its lines move
+KINDS = ("generated", "words alone", "known", "held out", "rendered", "through the base", "chance")
 TEMPO_SLACK = 1.06  # a measured tempo may be so far outside what a word means
 
 
@@ -208,41 +210,36 @@ def measure_prompts(
     seed: int = 0,
     out: Path | None = None,
     on_progress: Progress | None = None,
+    modes: Set[str] = TAUGHT,
 ) -> dict[str, Any]:
     """Marks of generated pieces, of true renderings, and by chance; half of the prompts are held-out combinations.
 
-    A base that is told beats and chords is told those of the true rendering.
+    `modes` are those that the base was taught.
     """
     judge, judged = fit_judge(base, seconds)
-    asked, played, rendered, shown = [], [], [], []
+    asked, shown = [], []
+    heard: dict[str, list[Heard]] = {}
     for number in range(count):
-        rng = numpy_generator("melody prompt", seed, number)
-        fields = draw_fields(rng, (TRADITIONS[number % len(TRADITIONS)],), held_out=number % 2 == 1, taught=True)
-        caption = solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
-        key = ("rendered", seed, number)
-        truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
-        prompt = replace(truth, caption=caption).told if isinstance(base, Mustango) else caption
-        sound = base.generate(Request([prompt], [number], seconds=seconds))[0]
+        fields, caption, sounds = _played(base, number, seconds, seed, modes)
         if out is not None:
-            save_sound(sound, out / f"{number:03d}.wav", {"prompt": prompt, "seed": number})
+            save_sound(Sound(sounds["generated"], base.sample_rate_hz), out / f"{number:03d}.wav", {"prompt": caption})
+        waves = {how: wave.mean(0).numpy() for how, wave in sounds.items()}
         if number < SHOWN:
-            shown.append((unaccented(caption), sound.wave.mean(0).numpy(), truth.wave[0].numpy()))
+            shown.append((unaccented(caption), waves["generated"], waves["rendered"]))
         asked.append(fields)
-        played.append(listen(sound.wave.mean(0).numpy(), base.sample_rate_hz, judge))
-        rendered.append(listen(truth.wave[0].numpy(), base.sample_rate_hz, judge))
+        for how, wave in waves.items():
+            heard.setdefault(how, []).append(listen(wave, base.sample_rate_hz, judge))
         if on_progress:
             on_progress(number + 1, count)
     if out is not None:
         _sheet(shown, base.sample_rate_hz).save(out / "sheet.png")
-    others = [
-        marks(played[i], asked[j]) for a, b in combinations(range(count), 2) for i, j in ((a, b), (b, a))
+    rows = {how: [marks(h, f) for h, f in zip(sounds, asked, strict=True)] for how, sounds in heard.items()}
+    for name, side in (("known", False), ("held out", True)):
+        rows[name] = [row for row, f in zip(rows["generated"], asked, strict=True) if f.is_held_out == side]
+    rows["chance"] = [
+        marks(heard["generated"][i], asked[j]) for a, b in combinations(range(count), 2) for i, j in ((a, b), (b, a))
         if asked[i].tradition == asked[j].tradition
     ]  # fmt: skip
-    rows = {
-        "generated": [marks(h, f) for h, f in zip(played, asked, strict=True)],
-        "rendered": [marks(h, f) for h, f in zip(rendered, asked, strict=True)],
-        "chance": others,
-    }
     return {
         "prompts": count,
         "seconds": seconds,
@@ -250,6 +247,27 @@ def measure_prompts(
         "instrument_judge_right": {how: round(share, 3) for how, share in judged.items()},
         **{name: _average(part) for name, part in rows.items() if part},
     }
+
+
+def _played(
+    base: Any, number: int, seconds: float, seed: int, modes: Set[str]
+) -> tuple[Fields, str, dict[str, torch.Tensor]]:
+    """A random prompt's fields and words, and its sounds (C, T), by how they came about.
+
+    A base that is told beats and chords is told those of the true rendering, and plays once more by words alone.
+    """
+    traditions = [tradition for tradition in TRADITIONS if not modes.isdisjoint(MODES[tradition])]
+    rng = numpy_generator("melody prompt", seed, number)
+    fields = draw_fields(rng, (traditions[number % len(traditions)],), held_out=number % 2 == 1, modes=modes)
+    caption = solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
+    key = ("rendered", seed, number)
+    truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
+    prompts = {"generated": caption}
+    if isinstance(base, Mustango):
+        prompts = {"generated": replace(truth, caption=caption).told, "words alone": caption}
+    sounds = {how: base.generate(Request([told], [number], seconds=seconds))[0].wave for how, told in prompts.items()}
+    kept = base.decode_sounds(base.encode_sounds(truth.wave[None]))[0].cpu()
+    return fields, caption, sounds | {"rendered": truth.wave, "through the base": kept}
 
 
 def _sheet(rows: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]], rate_hz: int) -> Image.Image:
@@ -288,6 +306,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="length of what is played, if it can (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=sorted(TAUGHT),
+        metavar="MODE",
+        help="modes that the base was taught (default: all)",
+    )
     options = parser.parse_args(arguments)
     from studio.terminal import print_error
 
@@ -303,6 +328,8 @@ def _measure(options: argparse.Namespace) -> None:
     from studio.bases.registry import load_base
     from studio.terminal import CountProgress, print_table, say
 
+    if strange := next((name for name in options.modes if name not in EVERY), None):
+        raise DataError(f"there is no mode '{strange}'", nearest(strange, EVERY))
     base = load_base(options.base, dtype="fp32")
     if not isinstance(base, MusicGen | Mustango):
         raise DataError(
@@ -326,9 +353,10 @@ def _measure(options: argparse.Namespace) -> None:
                 options.seed,
                 options.out,
                 lambda done, total: progress.show(done),
+                frozenset(options.modes),
             )
         card["prompts"] = found
-        kinds = [kind for kind in ("generated", "rendered", "chance") if kind in found]
+        kinds = [kind for kind in KINDS if kind in found]
         rows = [(mark, *(f"{found[kind].get(mark, float('nan')):.1%}" for kind in kinds)) for mark in found[kinds[0]]]
         print_table(("asked for", *kinds), rows)
     write_atomically(options.out / "card.json", json.dumps(card, indent=1) + "\n")

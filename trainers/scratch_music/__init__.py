@@ -17,7 +17,8 @@ from studio.bases.mustango.building import melody_diffusion
 from studio.bases.quiet import quiet_libraries
 from studio.bases.registry import load_base
 from studio.data.melodies.fields import vocabulary
-from studio.errors import BaseError, PresetError
+from studio.data.melodies.modes import EVERY
+from studio.errors import BaseError, PresetError, nearest
 from studio.method import Method, register
 from studio.preset import Preset
 from studio.run import Run
@@ -62,6 +63,14 @@ class ScratchMusic(Method):
         min_length=1,
         description="Decoder: what a batch has of its pieces, one of these shares from their beginning.",
     )
+    words_first: int = Field(
+        0,
+        ge=0,
+        description="Denoiser: so many steps first learn from noise alone the mean of pieces under the same words.",
+    )
+    timestep_shift: float = Field(
+        1.0, gt=0, description="Denoiser: moves times towards noise, where the words decide what is played."
+    )
     spectral_weight: float = Field(
         0.3, ge=0, description="Codec: weight of the spectra's distance against the wave's relative squared error."
     )
@@ -102,6 +111,8 @@ class ScratchMusic(Method):
         tasks = TASKS[preset.base]
         if self.train not in tasks:
             raise PresetError(f"method.train: '{preset.base}' has no {self.train}", f"it has {' and '.join(tasks)}")
+        if strange := next((name for name in preset.data.modes if name not in EVERY), None):
+            raise PresetError(f"data.modes: there is no mode '{strange}'", nearest(strange, EVERY))
         return tasks[self.train](self, base, preset, run)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from studio.data import melodies
 from studio.data.cache import Cache
+from studio.data.melodies.fields import Fields
+from studio.data.melodies.modes import TAUGHT, TRADITIONS
 from studio.data.melodies.pool import MelodyPool
 from studio.data.melodies.source import Melody, draw_melody
 from studio.fit import Group, Task
@@ -28,10 +30,11 @@ class MusicTask(Task):
 
     networks: tuple[str, ...]
     piece_seconds: float
-    taught = True  # leaves out what adapters are to teach; a network that is told nothing may hear all
+    every_mode = TAUGHT  # leaves out what adapters are to teach; a network that is told nothing may hear all
 
     def __init__(self, method: Any, base: Any, preset: Preset, run: Run) -> None:
         self.method, self.base, self.preset, self.run = method, base, preset, run
+        self.modes = frozenset(preset.data.modes) or self.every_mode
         self.modules = self._networks()
         for module in self.modules.values():
             module.requires_grad_(True)
@@ -63,7 +66,7 @@ class MusicTask(Task):
         for name, value in sorted(encoder.state_dict().items()):
             digest.update(name.encode() + value.cpu().float().numpy().tobytes())
         data = self.preset.data
-        told = (self.piece_seconds, data.traditions, data.intonation, data.stems, type(self).__name__)
+        told = (self.piece_seconds, sorted(self.modes), data.intonation, data.stems, type(self).__name__)
         return f"{digest.hexdigest()}|{told}"
 
     def _train_mode(self, on: bool) -> None:
@@ -75,20 +78,27 @@ class MusicTask(Task):
         return waves
 
     def _piece(self, key: tuple[object, ...], held_out: bool = False) -> tuple[Tensor, str]:
-        data = self.preset.data
-        # A third of the pieces are the line alone, as it will be measured.
-        stem = data.stems or numpy_generator("stem", *key).random() < 1 / 3
-        piece = draw_melody(
+        piece = self._drawn(key, self._is_stem(key), held_out)
+        return piece.wave, self._told(piece)
+
+    def _is_stem(self, key: tuple[object, ...]) -> bool:
+        """Of a third of the pieces the line is played alone, as it will be measured."""
+        return self.preset.data.stems or numpy_generator("stem", *key).random() < 1 / 3
+
+    def _drawn(
+        self, key: tuple[object, ...], stem: bool, held_out: bool = False, fields: Fields | None = None
+    ) -> Melody:
+        return draw_melody(
             key,
             self.piece_seconds,
             self.base.sample_rate_hz,
-            data.traditions,
+            TRADITIONS,
             held_out=held_out,
-            taught=self.taught,
+            modes=self.modes,
             stem=stem,
-            intonation=data.intonation,
+            intonation=self.preset.data.intonation,
+            fields=fields,
         )
-        return piece.wave, self._told(piece)
 
     def _told(self, piece: Melody) -> str:
         """What the network is told of a piece."""

@@ -17,6 +17,8 @@ from studio.base import Request
 from studio.bases.halves import save_with_halves
 from studio.bases.mustango.family import Mustango, without
 from studio.bases.mustango.mel import levelled
+from studio.data.melodies.modes import EVERY
+from studio.data.melodies.pool import MelodyPool
 from studio.data.melodies.source import Melody
 from studio.data.sounds import Sound
 from studio.keyed import torch_generator
@@ -28,6 +30,8 @@ from trainers.scratch_music.pieces import MusicTask
 
 VALIDATION_PIECES = 16
 KL_WEIGHT = 1e-4
+KINDRED = 8  # pieces whose mean stands for what their words mean
+UNSIGNED = 0.5  # share of pieces without their beats, and without their chords: else words need not tell tempo and key
 QUIET = 0.1  # what the quietest places count beside 1 of the loudest
 LOUDNESS = 3.0  # the spread of log magnitudes, which brings their errors to about one
 
@@ -55,7 +59,7 @@ class AutoencoderTask(SpectrogramTask):
     """Reconstruction of log spectrograms: squared error + half the absolute one, where it is loud most, + KL."""
 
     networks = ("vae",)
-    taught = False
+    every_mode = EVERY
 
     def _row(self, waves: Tensor) -> Tensor:
         return self.base.pipe.spectrogram.of(levelled(waves[:, 0]))
@@ -114,21 +118,50 @@ class DenoiserTask(SpectrogramTask):
 
     networks = ("unet", "text_encoder", "beat_encoder", "chord_encoder")
 
+    def __init__(self, method: Any, base: Mustango, preset: Preset, run: Run) -> None:
+        super().__init__(method, base, preset, run)
+        size, source = -(-preset.data.pool // KINDRED), f"{self._source(base.pipe.vae)}|{KINDRED}"
+        self.kinds = MelodyPool(self._kind, self._mean_row, size, 0, preset.seed, self.pool.cache, source)
+
+    def prepare(self) -> Iterator[Event]:
+        yield from super().prepare()
+        if self.method.words_first:
+            for done in self.kinds.fill():
+                yield Event("progress", 0, {"what": "playing kinds of pieces", "done": done, "total": self.kinds.size})
+
     def _encoder(self) -> Any:
         return self.base.pipe.vae
 
     def _row(self, waves: Tensor) -> Tensor:
         return self.base.encode_sounds(waves)
 
-    def losses(self, step: int, micro: int, slots: range) -> Tensor:
-        latents, prompts = self.pool.batch(step, micro, slots)
-        return self._loss(latents, prompts, [("sample", self.preset.seed, step, micro, slot) for slot in slots])
+    def _kind(self, key: tuple[object, ...]) -> tuple[Tensor, str]:
+        """Waves (KINDRED, T) of pieces of the same fields, and the caption of one."""
+        first = self._drawn(("kind", *key), self._is_stem(key))
+        more = [
+            self._drawn(("kind", *key, i), self._is_stem(key), fields=first.score.fields) for i in range(1, KINDRED)
+        ]
+        return torch.cat([piece.wave for piece in (first, *more)]), first.caption
 
-    def _loss(self, latents: Tensor, prompts: list[str], keys: Sequence[tuple[object, ...]]) -> Tensor:
+    def _mean_row(self, waves: Tensor) -> Tensor:
+        """Mean latents of kindred waves (B, KINDRED, T)."""
+        return torch.stack([self._row(kindred[:, None]).mean(0) for kindred in waves])
+
+    def losses(self, step: int, micro: int, slots: range) -> Tensor:
+        first = step < self.method.words_first
+        latents, prompts = (self.kinds if first else self.pool).batch(step, micro, slots)
+        return self._loss(latents, prompts, [("sample", self.preset.seed, step, micro, slot) for slot in slots], first)
+
+    def _loss(
+        self, latents: Tensor, prompts: list[str], keys: Sequence[tuple[object, ...]], at_last: bool = False
+    ) -> Tensor:
+        """`at_last`: at the last time, where all is noise."""
         objective, pipe = self.base.objective, self.base.pipe
         generators = [torch_generator(*key) for key in keys]
         scores = [self._dropped(p, g) for p, g in zip(prompts, generators, strict=True)]
-        times = torch.stack([objective.draw_time(g) for g in generators])
+        times = torch.stack([objective.draw_time(g, self.method.timestep_shift) for g in generators])
+        if at_last:
+            times = torch.full_like(times, len(objective.alphas_cumprod) - 1)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(self.base.device)
         clean = latents.to(self.base.device)
         noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
@@ -140,8 +173,9 @@ class DenoiserTask(SpectrogramTask):
         return loss
 
     def _dropped(self, prompt: str, generator: torch.Generator) -> Any:
-        """The score, all of it left out with the preset's share, else each part by itself with the same share."""
-        drawn = torch.rand(4, generator=generator) < self.preset.data.caption_dropout
+        """The score, all of it or its words left out with the preset's share, beats and chords each half the time."""
+        share = self.preset.data.caption_dropout
+        drawn = torch.rand(4, generator=generator) < torch.tensor([share, share, UNSIGNED, UNSIGNED])
         parts = ("text", "beats", "chords")
         score = read_score(prompt).within(0.0, self.piece_seconds)
         return without(score, *(part for part, drop in zip(parts, drawn[1:], strict=True) if drop or drawn[0]))

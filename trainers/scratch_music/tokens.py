@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from studio.base import Request
 from studio.bases.musicgen import MusicGen
+from studio.data.melodies.modes import EVERY, TRADITIONS
 from studio.data.melodies.source import score_of
 from studio.data.sounds import Sound
 from studio.errors import PresetError
@@ -40,7 +41,7 @@ class CodecTask(MusicTask):
     """
 
     networks = ("audio_encoder",)
-    taught = False
+    every_mode = EVERY
     piece_seconds = PIECE_SECONDS
 
     def __init__(self, method: Any, base: MusicGen, preset: Preset, run: Run) -> None:
@@ -171,8 +172,8 @@ class DecoderTask(MusicTask):
 
     def _beginnings(self, key: tuple[object, ...]) -> list[int]:
         """The frames in which notes of a piece begin."""
-        data, rate = self.preset.data, self.base.frame_rate_hz
-        score = score_of(key, self.piece_seconds, data.traditions, taught=self.taught, intonation=data.intonation)
+        intonation, rate = self.preset.data.intonation, self.base.frame_rate_hz
+        score = score_of(key, self.piece_seconds, TRADITIONS, modes=self.modes, intonation=intonation)
         return [int(note.start * rate) for note in score.notes]
 
     @torch.no_grad()

@@ -96,6 +96,7 @@ SMALL_VAE: dict[str, Any] = {
     "latent_channels": 8,
     "norm_num_groups": 4,
 }
+WORDS_LOUDER = 8.0
 SMALL_T5: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 
 # -- pico --------------------------------------------------------------------------------------------------------------
@@ -234,6 +235,8 @@ def melody_diffusion(words: Sequence[str], seed: int = 0) -> Mustango:
         }
         last = networks["vae"].decoder.conv_out  # log magnitudes are about -6, which steps of 1e-3 are long to reach
         torch.nn.init.constant_(last.bias, -6.0)
+        # One word among a dozen is faint and attention even, where the text encoder is not one that was taught to read.
+        torch.nn.init.constant_(networks["text_encoder"].encoder.final_layer_norm.weight, WORDS_LOUDER)
         scheduler = DDIMScheduler(**SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
         told: dict[str, Any] = {"beat_counts": 18, "scheduler": scheduler, "steps": 25}
         return assembled("melody-diffusion", networks, SMALL_MEL, 256, "Apache-2.0", **told)

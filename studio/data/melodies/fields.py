@@ -7,13 +7,13 @@ captions: a model learns that as readily as the truth.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from studio.data.melodies.cycles import CYCLES, FIELD_OF, MODE_FIELD_OF, TEMPI
-from studio.data.melodies.modes import MODES, OTHER_NAMES, UNTAUGHT
+from studio.data.melodies.modes import EVERY, MODES, OTHER_NAMES
 from studio.data.melodies.voices import PLAYED, VOICES
 from studio.errors import DataError, nearest
 from studio.keyed import key_of
@@ -29,6 +29,7 @@ MOODS = {
     ("minor", "fast"): "restless",
 }
 LAYA = {"slow": "vilambit", "": "madhya", "fast": "drut"}
+DRAWS = 10_000
 HELD_OUT_SHARE = 8  # one combination of instrument and mode (and key) in so many is never trained on
 
 
@@ -56,11 +57,15 @@ class Fields:
 
 
 def draw_fields(
-    rng: np.random.Generator, traditions: Sequence[str], held_out: bool = False, taught: bool = False
+    rng: np.random.Generator, traditions: Sequence[str], held_out: bool = False, modes: Set[str] = EVERY
 ) -> Fields:
-    """A random kind of piece, of one of the traditions and of that side of the split; `taught`: none of `UNTAUGHT`."""
-    while True:
-        tradition = _one(rng, traditions)
+    """A random kind of piece, of one of the traditions, in one of the modes, and of that side of the split.
+
+    Raises DataError where there is none.
+    """
+    able = [t for t in traditions if not modes.isdisjoint(MODES[t])]
+    tradition = _one(rng, able or traditions)
+    for _ in range(DRAWS):
         fields = Fields(
             tradition,
             _one(rng, PLAYED[tradition]),
@@ -69,8 +74,10 @@ def draw_fields(
             _one(rng, list(TEMPI[tradition])),
             _one(rng, PLAYED_KEYS) if tradition == "western" else "",
         )
-        if fields.is_held_out == held_out and not (taught and fields.mode in UNTAUGHT):
+        if fields.is_held_out == held_out and fields.mode in modes:
             return fields
+    side = "is held out" if held_out else "may be trained on"
+    raise DataError(f"no {tradition} piece in {', '.join(sorted(modes))} {side}", "name more modes")
 
 
 def _one(rng: np.random.Generator, choices: Sequence[str]) -> str:

@@ -144,6 +144,8 @@ MODES: dict[str, dict[str, Mode]] = {"western": WESTERN, "raga": RAGAS, "makam":
 #: What the bundled bases are never taught, so that an adapter has something to teach: of each tradition some modes, and
 #: of makams the whole kin of Hicaz, since one that is known would give the others away.
 UNTAUGHT = frozenset({"Yaman", "Todi", "Hicaz", "Uzzal", "Zirgüleli", "Saba"})
+EVERY = frozenset(name for modes in MODES.values() for name in modes)
+TAUGHT = EVERY - UNTAUGHT
 
 
 def mode_of(tradition: str, name: str, intonation: str = "theory") -> Mode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from studio.data.melodies.composing import Score, compose
 from studio.data.melodies.cycles import CYCLES
 from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo
+from studio.data.melodies.modes import EVERY
 from studio.data.melodies.playing import play
 from studio.keyed import numpy_generator
 
@@ -41,7 +42,7 @@ def draw_melody(
     traditions: Sequence[str],
     *,
     held_out: bool = False,
-    taught: bool = False,
+    modes: Set[str] = EVERY,
     stem: bool = False,
     intonation: str = "theory",
     fields: Fields | None = None,
@@ -49,19 +50,19 @@ def draw_melody(
     """The piece of a key, of one of the traditions or, where they are given, with these fields.
 
     The same key gives the same line with and without `stem`, which leaves drone and drum out: then the caption says
-    "solo". `held_out` and `taught` are as in `draw_fields`.
+    "solo". `held_out` and `modes` are as in `draw_fields`.
     """
     rng = numpy_generator("melody", *key)
-    score, caption = _written(rng, seconds, traditions, held_out, taught, intonation, fields)
+    score, caption = _written(rng, seconds, traditions, held_out, modes, intonation, fields)
     wave = torch.from_numpy(play(score, rng, rate_hz, stem))[None]
     return Melody(wave, solo(caption, score.fields) if stem else caption, score)
 
 
 def score_of(
-    key: tuple[object, ...], seconds: float, traditions: Sequence[str], *, taught: bool, intonation: str
+    key: tuple[object, ...], seconds: float, traditions: Sequence[str], *, modes: Set[str], intonation: str
 ) -> Score:
     """The score of the piece that `draw_melody` gives for the same, at a small part of its cost."""
-    return _written(numpy_generator("melody", *key), seconds, traditions, False, taught, intonation, None)[0]
+    return _written(numpy_generator("melody", *key), seconds, traditions, False, modes, intonation, None)[0]
 
 
 def _written(
@@ -69,10 +70,10 @@ def _written(
     seconds: float,
     traditions: Sequence[str],
     held_out: bool,
-    taught: bool,
+    modes: Set[str],
     intonation: str,
     fields: Fields | None,
 ) -> tuple[Score, str]:
-    fields = fields or draw_fields(rng, traditions, held_out, taught)
+    fields = fields or draw_fields(rng, traditions, held_out, modes)
     caption = caption_of(fields, rng)
     return compose(fields, rng, seconds, intonation), caption
