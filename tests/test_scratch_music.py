@@ -365,6 +365,7 @@ def test_the_card_is_written_by_one_command(tmp_path):
     assert len(list((tmp_path / "card").glob("codec-*.wav"))) == 3
     assert card(["sticker", "--out", str(tmp_path / "no")]) == 2
     assert card(["melody", "--out", str(tmp_path / "no"), "--modes", "Rasd"]) == 2
+    assert card(["melody", "--out", str(tmp_path / "no"), "--modes", "Rast"]) == 2  # it has no held-out combination
     assert not (tmp_path / "no").exists()
 
 

@@ -249,6 +249,14 @@ def measure_prompts(
     }
 
 
+def _prompt(number: int, seed: int, modes: Set[str]) -> tuple[Fields, str]:
+    """Fields and words, every other time of a held-out combination. Raises DataError where the modes have none."""
+    traditions = [tradition for tradition in TRADITIONS if not modes.isdisjoint(MODES[tradition])]
+    rng = numpy_generator("melody prompt", seed, number)
+    fields = draw_fields(rng, (traditions[number % len(traditions)],), held_out=number % 2 == 1, modes=modes)
+    return fields, solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
+
+
 def _played(
     base: Any, number: int, seconds: float, seed: int, modes: Set[str]
 ) -> tuple[Fields, str, dict[str, torch.Tensor]]:
@@ -256,10 +264,7 @@ def _played(
 
     A base that is told beats and chords is told those of the true rendering, and plays once more by words alone.
     """
-    traditions = [tradition for tradition in TRADITIONS if not modes.isdisjoint(MODES[tradition])]
-    rng = numpy_generator("melody prompt", seed, number)
-    fields = draw_fields(rng, (traditions[number % len(traditions)],), held_out=number % 2 == 1, modes=modes)
-    caption = solo(caption_of(fields, rng), fields)  # a drone would capture the pitch tracker
+    fields, caption = _prompt(number, seed, modes)
     key = ("rendered", seed, number)
     truth = draw_melody(key, seconds, base.sample_rate_hz, TRADITIONS, fields=fields, stem=True)
     prompts = {"generated": caption}
@@ -330,6 +335,8 @@ def _measure(options: argparse.Namespace) -> None:
 
     if strange := next((name for name in options.modes if name not in EVERY), None):
         raise DataError(f"there is no mode '{strange}'", nearest(strange, EVERY))
+    for number in range(options.prompts):  # so that what cannot be asked is told before anything is written
+        _prompt(number, options.seed, frozenset(options.modes))
     base = load_base(options.base, dtype="fp32")
     if not isinstance(base, MusicGen | Mustango):
         raise DataError(
