@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -26,6 +26,19 @@ def print_error(error: StudioError) -> None:
     sys.stderr.write(f"error: {_one_line(error.message)}\n")
     if error.hint:
         sys.stderr.write(f"hint: {_one_line(error.hint)}\n")
+
+
+def outcome(work: Callable[[], object]) -> int:
+    """The exit code of a program that does `work`: 0; an error's own, after one line; 130 where Ctrl-C ended it."""
+    try:
+        work()
+    except StudioError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("broken off")
+        return 130
+    return 0
 
 
 def _one_line(text: str) -> str:

@@ -234,6 +234,18 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(train_args, tmp_path, h
     assert events.newest_checkpoint().exists()
 
 
+def test_ctrl_c_ends_a_program_beside_the_cli_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "studio.data.melodies", "--out", str(tmp_path / "pieces"), "--count", "100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "pieces" / "0001.wav").exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "broken off\n")
+
+
 @pytest.mark.parametrize(
     "command",
     ["train", "generate", "export", "inspect", "check", "presets", "bases", "methods", "runs", "library", "doctor"],

@@ -309,6 +309,24 @@ def test_a_file_without_its_run_has_a_card_without_the_costs_of_training(trained
     )
 
 
+def test_the_time_of_a_training_has_all_its_parts(trained):
+    from studio.adapter import load_adapter
+
+    def seconds() -> float:
+        path = trained / "adapter.safetensors"
+        return training_cost(load_adapter(path), path)["train_time"]
+
+    events = [json.loads(line) for line in (trained / "events.jsonl").read_text().splitlines()]
+    began = next(number for number, event in enumerate(events) if event["kind"] == "started")
+    start, whole = events[began]["time"], seconds()
+    lost = {"time": start + 40.0, "step": 2, "kind": "step", "loss": 1.0, "peak_memory_gib": 1.0}  # made again later
+    earlier = [events[began], {**lost, "time": start + 30.0, "step": 1}, lost]
+    again = {"time": start + 500.0, "step": 1, "kind": "resumed", "from_step": 1}
+    lines = [json.dumps(event) for event in (*earlier, again, *events[began + 1 :])]
+    (trained / "events.jsonl").write_text("\n".join(lines) + "\n")
+    assert seconds() == pytest.approx(whole + 30.0)
+
+
 def test_several_adapters_have_mean_and_spread(trained, small, capsys, tmp_path):
     command = ["evaluate", trained, f"{trained}:2", "--protocol", small, "--steps", 1, "--metrics", "palette"]
     capsys.readouterr()

@@ -22,7 +22,7 @@ from studio.bases.latent_diffusion import LatentDiffusion
 from studio.bases.registry import load_base
 from studio.data.cache import Cache
 from studio.data.stickers import glyphs
-from studio.errors import RequestError, StudioError
+from studio.errors import RequestError
 from studio.evaluate.card import machine, measure, read_references
 from studio.evaluate.exhibit import Drawing, draw_exhibit
 from studio.evaluate.judge import bundled_judge
@@ -31,7 +31,7 @@ from studio.evaluate.protocol import read_protocol
 from studio.evaluate.sticker_card import measure_base
 from studio.files import write_atomically
 from studio.paths import studio_home
-from studio.terminal import print_error
+from studio.terminal import outcome
 
 
 @torch.no_grad()
@@ -95,21 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args(arguments)
-    try:
-        base = load_base(options.base)
-        if not isinstance(base, LatentDiffusion):
-            raise RequestError(f"'{options.base}' draws no pictures")
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-        drawing = Drawing(options.steps, batch=options.batch)
-        if options.what == "zeroed":
-            card = zeroed(base, options.share, options.glyphs, drawing)
-        else:
-            card = described(base, options.word, options.protocol, options.references, drawing)
-        write_atomically(options.out, json.dumps(card | {"machine": machine()}, indent=1))
-    except StudioError as error:
-        print_error(error)
-        return error.exit_code
-    return 0
+    return outcome(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    base = load_base(options.base)
+    if not isinstance(base, LatentDiffusion):
+        raise RequestError(f"'{options.base}' draws no pictures")
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    drawing = Drawing(options.steps, batch=options.batch)
+    if options.what == "zeroed":
+        card = zeroed(base, options.share, options.glyphs, drawing)
+    else:
+        card = described(base, options.word, options.protocol, options.references, drawing)
+    write_atomically(options.out, json.dumps(card | {"machine": machine()}, indent=1))
 
 
 if __name__ == "__main__":

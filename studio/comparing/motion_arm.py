@@ -19,14 +19,14 @@ from typing import Any
 
 from studio.bases.registry import load_base
 from studio.bases.sticker_video.family import StickerVideo
-from studio.errors import DataError, StudioError
+from studio.errors import DataError
 from studio.evaluate.card import machine
 from studio.evaluate.motion_card import QUESTIONS, measure_clips
 from studio.evaluate.motion_distance import measure_distance
 from studio.evaluate.motion_judge import bundled_motion_judge
 from studio.files import write_atomically
 from studio.run import Run
-from studio.terminal import StopSignal, print_error, say
+from studio.terminal import StopSignal, outcome, say
 from studio.training import Order, plan, plan_resume
 
 SPENT = "spent.json"
@@ -122,15 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--distance-clips", type=int, default=0, help="clips of the S-FVD (default 0: none)")
     parser.add_argument("--sampling-steps", type=int, default=12, help="sampling steps (default 12)")
     options = parser.parse_args(arguments)
-    try:
-        base = train(options.preset, options.run, options.seconds)
-        say(f"trained: {base}; drawing {3 * options.clips + options.distance_clips} clips")
-        card = measure(base, options.run, options.clips, options.distance_clips, options.sampling_steps)
-        write_atomically(options.out, json.dumps(card, indent=1) + "\n")
-    except StudioError as problem:
-        print_error(problem)
-        return problem.exit_code
-    return 0
+    return outcome(lambda: _train_and_measure(options))
+
+
+def _train_and_measure(options: argparse.Namespace) -> None:
+    base = train(options.preset, options.run, options.seconds)
+    say(f"trained: {base}; drawing {3 * options.clips + options.distance_clips} clips")
+    card = measure(base, options.run, options.clips, options.distance_clips, options.sampling_steps)
+    write_atomically(options.out, json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

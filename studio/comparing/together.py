@@ -35,7 +35,7 @@ from studio.bases.latent_diffusion import LatentDiffusion
 from studio.bases.registry import load_base
 from studio.comparing.study import Way
 from studio.data.sticker_pool import draw, to_pixels
-from studio.errors import RequestError, StudioError
+from studio.errors import RequestError
 from studio.evaluate.card import machine, read_references
 from studio.evaluate.judge import bundled_judge
 from studio.evaluate.protocol import read_protocol
@@ -49,7 +49,7 @@ from studio.regions.drawing import drawing
 from studio.regions.layout import Layout, Region
 from studio.regions.masks import Box
 from studio.samples import labelled_grid, save_png
-from studio.terminal import print_error
+from studio.terminal import outcome
 
 ALONE = "alone"
 REGIONS = "regions"
@@ -273,20 +273,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("order", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    try:
-        order = Order.model_validate_json(options.order.read_text(encoding="utf-8"))
-        base = load_base(order.base)
-        if not isinstance(base, LatentDiffusion):
-            raise RequestError(f"'{order.base}' draws no pictures")
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-        ways, rows = (concepts if options.what == "concepts" else pairs)(Meeting(order, base))
-        save_png(sheet(rows, _columns(order), list(ways)), options.out.with_name("grid.png"), {})
-        card = {"base": base.name, "concepts": [c.name for c in order.concepts], "ways": ways, "machine": machine()}
-        write_atomically(options.out, json.dumps(card, indent=1))
-    except StudioError as error:
-        print_error(error)
-        return error.exit_code
-    return 0
+    return outcome(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    order = Order.model_validate_json(options.order.read_text(encoding="utf-8"))
+    base = load_base(order.base)
+    if not isinstance(base, LatentDiffusion):
+        raise RequestError(f"'{order.base}' draws no pictures")
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    ways, rows = (concepts if options.what == "concepts" else pairs)(Meeting(order, base))
+    save_png(sheet(rows, _columns(order), list(ways)), options.out.with_name("grid.png"), {})
+    card = {"base": base.name, "concepts": [c.name for c in order.concepts], "ways": ways, "machine": machine()}
+    write_atomically(options.out, json.dumps(card, indent=1))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from studio.data.melodies.fields import Fields, caption_of, draw_fields, solo, u
 from studio.data.melodies.modes import EVERY, MODES, OCTAVE, TAUGHT, TRADITIONS
 from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
-from studio.errors import DataError, StudioError, nearest
+from studio.errors import DataError, nearest
 from studio.evaluate.beats import estimate_tempo, onset_envelope
 from studio.evaluate.lines import mode_likelihoods, moves_a_second
 from studio.evaluate.pitch import compare_pitch, track_pitch
@@ -319,14 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="modes that the base was taught (default: all)",
     )
     options = parser.parse_args(arguments)
-    from studio.terminal import print_error
+    from studio.terminal import outcome
 
-    try:
-        _measure(options)
-    except StudioError as error:
-        print_error(error)
-        return error.exit_code
-    return 0
+    return outcome(lambda: _measure(options))
 
 
 def _measure(options: argparse.Namespace) -> None:

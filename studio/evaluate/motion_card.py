@@ -36,7 +36,7 @@ from studio.bases.sticker_video.family import StickerVideo
 from studio.data import motions
 from studio.data.clip_files import webp_bytes
 from studio.data.clips import Clip
-from studio.errors import DataError, RequestError, StudioError
+from studio.errors import DataError, RequestError
 from studio.evaluate.motion_judge import MotionJudge, bundled_motion_judge
 from studio.files import write_atomically
 from studio.keyed import numpy_generator
@@ -236,14 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--distance-clips", type=int, default=0, help="clips of the S-FVD (default 0: not measured)")
     parser.add_argument("--unjudged", action="store_true", help="measure PSNR alone, without the judge of motions")
     options = parser.parse_args(arguments)
-    from studio.terminal import print_error
+    from studio.terminal import outcome
 
-    try:
-        _measure(options)
-    except StudioError as problem:
-        print_error(problem)
-        return problem.exit_code
-    return 0
+    return outcome(lambda: _measure(options))
 
 
 def _measure(options: argparse.Namespace) -> None:

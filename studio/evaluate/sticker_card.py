@@ -26,7 +26,7 @@ from studio.base import Request
 from studio.bases.latent_diffusion import LatentDiffusion
 from studio.data.sticker_pool import draw, to_pixels
 from studio.data.stickers import Glyph, draw_scene, glyphs, render
-from studio.errors import DataError, StudioError
+from studio.errors import DataError
 from studio.evaluate.judge import HEADS, Judge, Verdict, bundled_judge
 from studio.files import write_atomically
 from studio.keyed import numpy_generator, torch_generator
@@ -215,14 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and noises (default 0)")
     parser.add_argument("--no-sheet", action="store_true", help="leave the sheet out")
     options = parser.parse_args(arguments)
-    from studio.terminal import print_error
+    from studio.terminal import outcome
 
-    try:
-        _measure(options)
-    except StudioError as error:
-        print_error(error)
-        return error.exit_code
-    return 0
+    return outcome(lambda: _measure(options))
 
 
 def _measure(options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def _told_by(run: Run) -> dict[str, Any]:
     if "trained_parameters" in started:
         cost["num_trainable_params"] = started["trained_parameters"]
     if "seconds" in finished:
-        cost["train_time"] = finished["seconds"]
+        cost["train_time"] = round(finished["seconds"] + _before(history), 3)
     if steps:
         cost["accelerator_memory_max"] = round(max(event["peak_memory_gib"] for event in steps) * 2**30)
         last = steps[-max(1, len(steps) // 10) :]
@@ -56,3 +56,9 @@ def _told_by(run: Run) -> dict[str, Any]:
     if gaps:
         cost["step_seconds"] = round(statistics.median(gaps), 4)
     return cost
+
+
+def _before(history: list[dict[str, Any]]) -> float:
+    """Seconds that the earlier parts of a resumed training took, each as far as its steps count."""
+    starts = [number for number, event in enumerate(history) if event["kind"] in ("started", "resumed")]
+    return sum(history[end - 1]["time"] - history[start]["time"] for start, end in pairwise(starts))

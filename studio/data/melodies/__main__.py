@@ -12,7 +12,6 @@ from pathlib import Path
 
 from studio.data.melodies.folder import Pieces, write_folder
 from studio.data.melodies.modes import TRADITIONS
-from studio.errors import StudioError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,14 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stems", action="store_true", help="the line alone, without drone and drum")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pieces (default 0)")
     options = parser.parse_args(arguments)
-    from studio.terminal import print_error, say
+    from studio.terminal import outcome, say
 
-    try:
-        say(f"{write_folder(Pieces(**vars(options)))} pieces written to {options.out}")
-    except StudioError as error:
-        print_error(error)
-        return error.exit_code
-    return 0
+    return outcome(lambda: say(f"{write_folder(Pieces(**vars(options)))} pieces written to {options.out}"))
 
 
 if __name__ == "__main__":
