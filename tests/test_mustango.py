@@ -3,19 +3,23 @@
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from studio.base import Request, same_values
 from studio.bases.mustango import Mustango
-from studio.bases.mustango.building import assembled, melody_diffusion, pico, published
+from studio.bases.mustango.building import SMALL_MEL, assembled, melody_diffusion, pico, published
 from studio.bases.mustango.encoders import BeatEncoder, ChordEncoder, chord_ids, waves_of
 from studio.bases.mustango.mel import Mel, levelled
 from studio.bases.mustango.network import aligned, series_of
 from studio.bases.registry import load_base
 from studio.bases.tiny import tiny_t5
+from studio.data.melodies.voices import VOICES
 from studio.errors import AdapterError, BaseError, PresetError, RequestError
+from studio.evaluate.pitch import track_pitch
+from studio.keyed import numpy_generator
 from studio.method import method_from
 from studio.music.score import Score, parse_chord, read_score
 
@@ -274,6 +278,19 @@ def test_griffin_lim_gives_the_pitch_back():
     assert heard.shape == wave.shape
     assert abs(int(torch.fft.rfft(heard[0, 2000:6000]).abs().argmax()) * 2 - 440) <= 20
     assert torch.equal(heard, mel.heard(mel.of(wave), rounds=16))
+
+
+def test_the_small_base_s_bands_keep_the_pitch_of_a_bass():
+    def in_tune(mel):
+        """The share of frames of bass notes within 25 cents, through the bands and back."""
+        found = []
+        for pitch in (61.7, 65.4, 69.3, 73.4, 77.8):  # B to E flat
+            note = VOICES["bass"].play(np.full(8192, pitch, np.float32), numpy_generator("bass", pitch), 8000)
+            heard = mel.heard(mel.of(levelled(torch.from_numpy(note)[None])))
+            found.append(np.abs(track_pitch(heard[0].numpy(), 8000).cents(pitch)) < 25)
+        return float(np.concatenate(found).mean())
+
+    assert in_tune(Mel(**SMALL_MEL)) > in_tune(Mel(**SMALL_MEL | {"scale": "slaney"})) + 0.3
 
 
 def test_waves_are_brought_to_the_level_that_the_networks_know():

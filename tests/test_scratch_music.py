@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from studio.base import Request
 from studio.bases.melody import build_melody
 from studio.bases.musicgen import MusicGen
-from studio.bases.mustango.building import melody_diffusion
+from studio.bases.mustango.building import SMALL_VAE, mel_vae, melody_diffusion
 from studio.bases.registry import load_base
+from studio.bases.tiny import fixed_seed
 from studio.data.melodies.fields import KEYS, Fields, vocabulary
 from studio.data.melodies.modes import MAKAMS, RAGAS, TAUGHT, TRADITIONS, UNTAUGHT
 from studio.data.melodies.source import draw_melody
@@ -32,6 +33,7 @@ from studio.music.codebooks import Codebooks, k_means, nearest
 from studio.music.score import read_score
 from studio.music.spectra import magnitudes, spectral_distance
 from studio.training import Order, plan, plan_resume
+from trainers.scratch_music.whitening import whitened
 
 CODEC = ("batch_size=2", "data.seconds=0.25", "data.pool=2", "steps=6", "checkpoint_every=3", "warmup_steps=0")
 DECODER = ("batch_size=2", "data.seconds=1", "data.pool=3", "data.refresh=1", "steps=6", "warmup_steps=0")
@@ -240,6 +242,40 @@ def test_the_small_mustango_trains_in_two_stages_and_what_comes_out_plays(tmp_pa
     sound = base.generate(Request(["a tune | beats: 90 bpm 3/4 | chords: Dm"], [0], steps=1, seconds=1.0))[0]
     assert sound.wave.shape == (1, 8000)
     assert sum(path.stat().st_size for path in (tmp_path / "run" / "base").rglob("*") if path.is_file()) < 4_000_000
+
+
+@torch.no_grad()
+def test_whitened_latents_are_as_loud_in_every_direction_and_decode_to_the_same():
+    with fixed_seed(0):
+        vae, mels = mel_vae(SMALL_VAE), torch.randn(4, 1, 32, 16)
+    vae.quant_conv.weight[0] *= 20  # one channel that drowns the others
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    latents = vae.encode(mels).latent_dist.mode()
+    decoded = vae.decode(latents).sample
+    scale = vae.config.scaling_factor
+    variances = torch.linalg.eigvalsh(torch.cov(latents.transpose(0, 1).flatten(1)))
+    with whitened(vae, latents):
+        even = vae.encode(mels).latent_dist.mode()
+        assert vae.config.scaling_factor == 1
+        assert torch.allclose(vae.decode(even).sample, decoded, atol=1e-4)
+    assert float(even.mean((0, 2, 3)).abs().max()) < 1e-4
+    found = torch.linalg.eigvalsh(torch.cov(even.transpose(0, 1).flatten(1)))
+    assert torch.allclose(found, variances / (variances + 0.1 * variances.mean()), atol=1e-4)
+    assert vae.config.scaling_factor == scale
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+def test_a_share_of_the_pieces_is_turned_into_those_of_a_bass(tmp_path, codec_run):
+    settings = (*DECODER, *QUIET, f"method.init_from={codec_run / 'base'}", "method.basses=0.5")
+    training = plan(Order("base-melody", run=tmp_path / "run", settings=settings))
+    task = training.preset.method.task(training.base, training.preset, training.run)
+    pieces = {key: task._drawn(key, stem=True) for key in ((7, slot) for slot in range(40))}
+    basses = [piece for piece in pieces.values() if piece.score.fields.instrument == "bass"]
+    assert 12 <= len(basses) <= 30
+    assert all("bass" in piece.caption for piece in basses)
+    rate = training.base.frame_rate_hz
+    for key, piece in pieces.items():  # the score of which notes count more is that of what is played
+        assert task._beginnings(key) == [int(note.start * rate) for note in piece.score.notes]
 
 
 def test_words_are_learned_first_from_noise_alone_and_the_mean_of_pieces_under_them(tmp_path, monkeypatch):

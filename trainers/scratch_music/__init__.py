@@ -63,6 +63,9 @@ class ScratchMusic(Method):
         min_length=1,
         description="Decoder: what a batch has of its pieces, one of these shares from their beginning.",
     )
+    basses: float = Field(
+        0.0, ge=0, lt=1, description="Share of the pieces that are turned into a bass's, which is the hardest to hear."
+    )
     words_first: int = Field(
         0,
         ge=0,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from studio.data import melodies
 from studio.data.cache import Cache
-from studio.data.melodies.fields import Fields
+from studio.data.melodies.fields import Fields, draw_fields
 from studio.data.melodies.modes import TAUGHT, TRADITIONS
 from studio.data.melodies.pool import MelodyPool
 from studio.data.melodies.source import Melody, draw_melody
@@ -65,8 +65,8 @@ class MusicTask(Task):
                 digest.update(file.read_bytes())
         for name, value in sorted(encoder.state_dict().items()):
             digest.update(name.encode() + value.cpu().float().numpy().tobytes())
-        data = self.preset.data
-        told = (self.piece_seconds, sorted(self.modes), data.intonation, data.stems, type(self).__name__)
+        data, kind = self.preset.data, type(self).__name__
+        told = (self.piece_seconds, sorted(self.modes), data.intonation, data.stems, self.method.basses, kind)
         return f"{digest.hexdigest()}|{told}"
 
     def _train_mode(self, on: bool) -> None:
@@ -97,8 +97,17 @@ class MusicTask(Task):
             modes=self.modes,
             stem=stem,
             intonation=self.preset.data.intonation,
-            fields=fields,
+            fields=fields or (None if held_out else self._bass(key)),
         )
+
+    def _bass(self, key: tuple[object, ...]) -> Fields | None:
+        """The fields of a piece that is turned into a bass's; None for others. Raises DataError where no mode is."""
+        rng = numpy_generator("bass", *key)
+        if rng.random() >= self.method.basses:
+            return None
+        while (fields := draw_fields(rng, ("western",), modes=self.modes)).instrument != "bass":
+            pass
+        return fields
 
     def _told(self, piece: Melody) -> str:
         """What the network is told of a piece."""

@@ -27,11 +27,13 @@ from studio.music.score import read_score
 from studio.preset import Preset
 from studio.run import Event, Run
 from trainers.scratch_music.pieces import MusicTask
+from trainers.scratch_music.whitening import whitened
 
 VALIDATION_PIECES = 16
 KL_WEIGHT = 1e-4
 KINDRED = 8  # pieces whose mean stands for what their words mean
 UNSIGNED = 0.5  # share of pieces without their beats, and without their chords: else words need not tell tempo and key
+BORNE = 0.5  # noise that latents must bear, up to this share of their spread: what is faint in them no denoiser finds
 QUIET = 0.1  # what the quietest places count beside 1 of the loudest
 LOUDNESS = 3.0  # the spread of log magnitudes, which brings their errors to about one
 
@@ -56,7 +58,7 @@ class SpectrogramTask(MusicTask):
 
 
 class AutoencoderTask(SpectrogramTask):
-    """Reconstruction of log spectrograms: squared error + half the absolute one, where it is loud most, + KL."""
+    """Reconstruction of log spectrograms, through noise: squared error + half the absolute, where loud most, + KL."""
 
     networks = ("vae",)
     every_mode = EVERY
@@ -72,8 +74,11 @@ class AutoencoderTask(SpectrogramTask):
     def _loss(self, mels: Tensor, keys: Sequence[tuple[object, ...]]) -> Tensor:
         vae = self.base.pipe.vae
         latents = vae.encode(mels).latent_dist
-        noise = torch.stack([torch.randn(latents.mean.shape[1:], generator=torch_generator(*key)) for key in keys])
-        heard = vae.decode(latents.mean + latents.std * noise.to(latents.mean)).sample.float()
+        generators = [torch_generator(*key) for key in keys]
+        noise = torch.stack([torch.randn(latents.mean.shape[1:], generator=g) for g in generators]).to(mels)
+        share = torch.stack([BORNE * torch.rand(1, 1, 1, generator=g) for g in generators]).to(mels)
+        spread = (latents.var + (share * latents.mean.std((1, 2, 3), keepdim=True)) ** 2).sqrt()
+        heard = vae.decode(latents.mean + spread * noise).sample.float()
         error = (heard - mels) / LOUDNESS
         kl = 0.5 * (latents.mean.float() ** 2 + latents.var.float() - 1 - latents.logvar.float())
         lost = _loudness(mels) * (error**2 + 0.5 * error.abs())
@@ -100,11 +105,12 @@ class AutoencoderTask(SpectrogramTask):
             yield save_sample(self.run, sound, step, column, "a piece, then the same through the autoencoder", column)
 
     def save(self, folder: Path, step: int) -> Path:
-        """Also measures the latents' spread, which the denoiser wants to be 1."""
+        """With latents of even spread, as the denoiser wants them."""
+        vae = self.base.pipe.vae
         with torch.no_grad():
-            latents = self.base.pipe.vae.encode(self._held_out_mels()).latent_dist.mode()
-        self.base.pipe.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
-        return super().save(folder, step)
+            latents = vae.encode(self._held_out_mels()).latent_dist.mode()
+        with whitened(vae, latents):
+            return super().save(folder, step)
 
 
 def _loudness(mels: Tensor) -> Tensor:

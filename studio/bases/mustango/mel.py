@@ -1,7 +1,7 @@
 """Sound as a mel spectrogram, and back by Griffin and Lim (1984), for bases that have no vocoder.
 
-Slaney's mel scale and filters of equal area; natural logarithms of magnitudes, from 1e-5 on. C channels, T samples,
-L frames, M bands.
+Slaney's mel scale, or HTK's, and filters of equal area; natural logarithms of magnitudes, from 1e-5 on. C channels,
+T samples, L frames, M bands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOMENTUM = 0.99  # Perraudin et al. 2013, fast Griffin-Lim
 
 @dataclass(frozen=True)
 class Mel:
-    """`fft` samples are looked at every `hop` samples."""
+    """`fft` samples are looked at every `hop` samples. `scale`: "slaney", or "htk", whose low bands are narrower."""
 
     sample_rate_hz: int = 16000
     fft: int = 1024
@@ -29,6 +29,7 @@ class Mel:
     bands: int = 64
     lowest_hz: float = 0.0
     highest_hz: float = 8000.0
+    scale: str = "slaney"
 
     @property
     def frames_per_second(self) -> float:
@@ -89,7 +90,7 @@ def _filters(mel: Mel) -> Tensor:
         mel.highest_hz,
         mel.sample_rate_hz,
         norm="slaney",
-        mel_scale="slaney",
+        mel_scale=mel.scale,
     )
     return torch.from_numpy(bank).float()
 

@@ -59,10 +59,16 @@ def draw_melody(
 
 
 def score_of(
-    key: tuple[object, ...], seconds: float, traditions: Sequence[str], *, modes: Set[str], intonation: str
+    key: tuple[object, ...],
+    seconds: float,
+    traditions: Sequence[str],
+    *,
+    modes: Set[str],
+    intonation: str,
+    fields: Fields | None,
 ) -> Score:
     """The score of the piece that `draw_melody` gives for the same, at a small part of its cost."""
-    return _written(numpy_generator("melody", *key), seconds, traditions, False, modes, intonation, None)[0]
+    return _written(numpy_generator("melody", *key), seconds, traditions, False, modes, intonation, fields)[0]
 
 
 def _written(
