@@ -235,7 +235,9 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(train_args, tmp_path, h
 
 
 def test_ctrl_c_ends_a_program_beside_the_cli_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "studio.data.melodies", "--out", str(tmp_path / "pieces"), "--count", "100000"]
+    heeding = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler)"  # else not in background
+    program = f"{heeding}; runpy.run_module('studio.data.melodies', run_name='__main__')"
+    command = [sys.executable, "-c", program, "--out", str(tmp_path / "pieces"), "--count", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

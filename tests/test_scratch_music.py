@@ -218,6 +218,7 @@ def test_frames_count_more_in_which_a_piece_of_the_batch_begins_a_note(tmp_path,
         (("method.fresh=[vae]",), "no network 'vae'"),
         (("data.seconds=40", "method.train=decoder"), "at once"),
         (("data.modes=[Rasd]",), "no mode 'Rasd'"),
+        (("data.modes=[Rast]", "method.basses=0.1"), "a bass plays none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_trains(settings, message, tmp_path):

@@ -17,7 +17,7 @@ from studio.bases.mustango.building import melody_diffusion
 from studio.bases.quiet import quiet_libraries
 from studio.bases.registry import load_base
 from studio.data.melodies.fields import vocabulary
-from studio.data.melodies.modes import EVERY
+from studio.data.melodies.modes import EVERY, WESTERN
 from studio.errors import BaseError, PresetError, nearest
 from studio.method import Method, register
 from studio.preset import Preset
@@ -116,6 +116,9 @@ class ScratchMusic(Method):
             raise PresetError(f"method.train: '{preset.base}' has no {self.train}", f"it has {' and '.join(tasks)}")
         if strange := next((name for name in preset.data.modes if name not in EVERY), None):
             raise PresetError(f"data.modes: there is no mode '{strange}'", nearest(strange, EVERY))
+        if self.basses and preset.data.modes and WESTERN.keys().isdisjoint(preset.data.modes):
+            hint = f"add {' or '.join(WESTERN)}, or set method.basses=0"
+            raise PresetError("method.basses: a bass plays none of data.modes", hint)
         return tasks[self.train](self, base, preset, run)
 
 

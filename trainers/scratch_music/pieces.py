@@ -101,7 +101,7 @@ class MusicTask(Task):
         )
 
     def _bass(self, key: tuple[object, ...]) -> Fields | None:
-        """The fields of a piece that is turned into a bass's; None for others. Raises DataError where no mode is."""
+        """The fields of a piece that is turned into a bass's; None for others."""
         rng = numpy_generator("bass", *key)
         if rng.random() >= self.method.basses:
             return None
