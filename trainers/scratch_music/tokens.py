@@ -172,10 +172,15 @@ class DecoderTask(MusicTask):
 
     def _beginnings(self, key: tuple[object, ...]) -> list[int]:
         """The frames in which notes of a piece begin."""
-        intonation, rate = self.preset.data.intonation, self.base.frame_rate_hz
-        how: dict[str, Any] = {"modes": self.modes, "intonation": intonation, "fields": self._bass(key)}
-        score = score_of(key, self.piece_seconds, TRADITIONS, **how)
-        return [int(note.start * rate) for note in score.notes]
+        score = score_of(
+            key,
+            self.piece_seconds,
+            TRADITIONS,
+            modes=self.modes,
+            intonation=self.preset.data.intonation,
+            fields=self._bass(key),
+        )
+        return [int(note.start * self.base.frame_rate_hz) for note in score.notes]
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -24,16 +24,16 @@ def whitened(vae: Any, latents: Tensor) -> Iterator[None]:
     """
     kept = {name: value.clone() for name, value in vae.state_dict().items() if "quant_conv" in name}
     scale = vae.config.scaling_factor
-    with torch.no_grad():
-        _fold(vae, latents)
-    vae.register_to_config(scaling_factor=1.0)
     try:
+        _fold(vae, latents)
+        vae.register_to_config(scaling_factor=1.0)
         yield
     finally:
         vae.load_state_dict(kept, strict=False)
         vae.register_to_config(scaling_factor=scale)
 
 
+@torch.no_grad()
 def _fold(vae: Any, latents: Tensor) -> None:
     rows = latents.double().transpose(0, 1).flatten(1)  # (Z, places)
     mean, covariance = rows.mean(1), torch.cov(rows)
