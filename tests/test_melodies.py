@@ -308,3 +308,20 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     Path(tmp_path / "mine.wav").write_bytes(b"mine")
     assert write_melodies(["--out", str(tmp_path)]) == 2
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["mine.wav"]
+
+
+def test_a_folder_broken_off_is_as_empty_as_it_was(tmp_path, monkeypatch, capsys):
+    asked = ["--out", str(tmp_path / "new"), "--count", "3", "--seconds", "1"]
+    drawn = iter(range(3))
+
+    def broken_off(*args, **kwargs):
+        if next(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw_melody(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("studio.data.melodies.folder.draw_melody", broken_off)
+        assert write_melodies(asked) == 130
+    assert list((tmp_path / "new").iterdir()) == []
+    assert "broken off" in capsys.readouterr().err
+    assert write_melodies(asked) == 0

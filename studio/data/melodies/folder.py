@@ -10,7 +10,7 @@ from pathlib import Path
 from studio.data.melodies.cycles import MODE_FIELD_OF
 from studio.data.melodies.fields import check_fields, draw_fields
 from studio.data.melodies.modes import MODES, TRADITIONS
-from studio.data.melodies.source import draw_melody
+from studio.data.melodies.source import Melody, draw_melody
 from studio.data.melodies.voices import PLAYED
 from studio.data.sounds import Sound, save_sound
 from studio.errors import RequestError, StudioError
@@ -37,34 +37,39 @@ class Pieces:
 def write_folder(options: Pieces) -> int:
     """Writes NUMBER.wav and metadata.jsonl; returns how many.
 
-    Raises RequestError for a folder with something in it, and what `check_fields` and `save_sound` raise.
+    Broken off, it leaves the folder as empty as it was. Raises RequestError for a folder with something in it, and what
+    `check_fields` and `save_sound` raise.
     """
     if options.out.exists() and any(options.out.iterdir()):
         raise RequestError(f"'{options.out}' is not empty", "choose a new folder")
     if options.count < 1 or not 0.5 <= options.seconds <= 600 or not 4000 <= options.rate <= 96_000:
         raise RequestError("count, seconds or rate is out of range", "at least 1, 0.5 to 600 and 4000 to 96000")
-    traditions, told = _asked(options)
-    lines = []
-    for number in range(options.count):
-        key = ("folder", options.seed, number)
-        fields = draw_fields(numpy_generator("fields", *key), traditions)
-        fields = replace(
-            fields, mode=told.get("mode", fields.mode), instrument=told.get("instrument", fields.instrument)
-        )
-        piece = draw_melody(
-            key,
-            options.seconds,
-            options.rate,
-            traditions,
-            fields=fields,
-            stem=options.stems,
-            intonation="performed" if options.performed else "theory",
-        )
-        name = f"{number:04d}.wav"
-        save_sound(Sound(piece.wave, options.rate), options.out / name, fields.facts())
-        lines.append(json.dumps({"file_name": name, "text": piece.caption}, ensure_ascii=False))
-    write_atomically(options.out / "metadata.jsonl", "\n".join(lines) + "\n")
+    asked, lines = _asked(options), []
+    names = [f"{number:04d}.wav" for number in range(options.count)]
+    try:
+        for number, name in enumerate(names):
+            piece = _piece(options, number, *asked)
+            save_sound(Sound(piece.wave, options.rate), options.out / name, piece.score.fields.facts())
+            lines.append(json.dumps({"file_name": name, "text": piece.caption}, ensure_ascii=False))
+        write_atomically(options.out / "metadata.jsonl", "\n".join(lines) + "\n")
+    except BaseException:  # Ctrl-C, too: a folder half written would be taken for whole
+        for name in names:
+            (options.out / name).unlink(missing_ok=True)
+        raise
     return options.count
+
+
+def _piece(options: Pieces, number: int, traditions: tuple[str, ...], told: dict[str, str]) -> Melody:
+    key = ("folder", options.seed, number)
+    return draw_melody(
+        key,
+        options.seconds,
+        options.rate,
+        traditions,
+        fields=replace(draw_fields(numpy_generator("fields", *key), traditions), **told),
+        stem=options.stems,
+        intonation="performed" if options.performed else "theory",
+    )
 
 
 def _asked(options: Pieces) -> tuple[tuple[str, ...], dict[str, str]]:
