@@ -16,8 +16,11 @@ from studio.bases.mustango.mel import Mel, levelled
 from studio.bases.mustango.network import aligned, series_of
 from studio.bases.registry import load_base
 from studio.bases.tiny import tiny_t5
+from studio.data.melodies.modes import TRADITIONS
+from studio.data.melodies.source import draw_melody
 from studio.data.melodies.voices import VOICES
 from studio.errors import AdapterError, BaseError, PresetError, RequestError
+from studio.evaluate.beats import f_measure, onset_envelope, onsets
 from studio.evaluate.pitch import track_pitch
 from studio.keyed import numpy_generator
 from studio.method import method_from
@@ -271,13 +274,27 @@ def test_a_spectrogram_has_a_frame_a_hop_and_the_tone_in_its_band():
     assert float(loud.min()) == pytest.approx(math.log(1e-5))
 
 
-def test_griffin_lim_gives_the_pitch_back():
+def test_a_spectrogram_gives_the_pitch_back():
     mel = Mel(8000, 512, 128, 64, 0.0, 4000.0)
     wave = tone(440, 1.024, 8000)
-    heard = mel.heard(mel.of(wave), rounds=16)
+    heard = mel.heard(mel.of(wave))
     assert heard.shape == wave.shape
-    assert abs(int(torch.fft.rfft(heard[0, 2000:6000]).abs().argmax()) * 2 - 440) <= 20
-    assert torch.equal(heard, mel.heard(mel.of(wave), rounds=16))
+    assert np.median(np.abs(track_pitch(heard[0].numpy(), 8000).cents(440.0))) < 3
+    assert torch.equal(heard, mel.heard(mel.of(wave)))
+    both = mel.heard(mel.of(torch.cat([wave, tone(330, 1.024, 8000)])))
+    assert torch.allclose(both[:1], heard, atol=1e-4)
+    assert torch.isfinite(mel.heard(torch.full((1, 1, 8, 64), -11.5))).all()
+
+
+def test_a_note_begins_once_through_the_bands_and_back():
+    mel, begun, found = Mel(**SMALL_MEL), 0, []
+    for number in range(4):
+        line = draw_melody(("onsets", number), 4.096, 8000, TRADITIONS, stem=True).wave
+        true, heard = (onsets(onset_envelope(wave[0].numpy(), 8000)) for wave in (line, mel.heard(mel.of(line))))
+        begun += len(true)
+        found.append(f_measure(heard, true))
+    assert begun > 20
+    assert np.mean(found) > 0.7  # 0.55 with phases that 64 rounds of Griffin and Lim find
 
 
 def test_the_small_base_s_bands_keep_the_pitch_of_a_bass():
@@ -290,7 +307,7 @@ def test_the_small_base_s_bands_keep_the_pitch_of_a_bass():
             found.append(np.abs(track_pitch(heard[0].numpy(), 8000).cents(pitch)) < 25)
         return float(np.concatenate(found).mean())
 
-    assert in_tune(Mel(**SMALL_MEL)) > in_tune(Mel(**SMALL_MEL | {"scale": "slaney"})) + 0.3
+    assert in_tune(Mel(**SMALL_MEL)) > in_tune(Mel(**SMALL_MEL | {"scale": "slaney"})) + 0.2
 
 
 def test_waves_are_brought_to_the_level_that_the_networks_know():
