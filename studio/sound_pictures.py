@@ -7,9 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from studio import waves
-from studio.data.melodies.fields import fold
-from studio.data.melodies.modes import MODES, OCTAVE, Mode
-from studio.errors import DataError
+from studio.data.melodies.modes import OCTAVE, Mode
 from studio.evaluate.lines import likeliest_tonic
 from studio.evaluate.pitch import track_pitch
 
@@ -39,20 +37,18 @@ def spectrogram(wave: Wave, rate_hz: int, width: int = WIDTH, height: int = HEIG
 
 
 def pitch_histogram(
-    wave: Wave, rate_hz: int, mode: str, width: int = WIDTH, height: int = HEIGHT, tonic_hz: float | None = None
+    wave: Wave, rate_hz: int, mode: Mode, width: int = WIDTH, height: int = HEIGHT, tonic_hz: float | None = None
 ) -> Image.Image:
     """How often each pitch sounds, folded into an octave above the tonic, and lines where the mode has degrees.
 
-    Without a tonic it is that of every tenth of a semitone under which the line fits best.
-    Raises DataError for an unknown mode.
+    Without a tonic it is the one under which the line fits best.
     """
-    degrees = degrees_of(mode)
     track = track_pitch(wave, rate_hz)
     picture, box = _canvas(width, height)
     pen = ImageDraw.Draw(picture)
     across, up = box[2] - box[0], box[3] - box[1]
     if track.voiced.any():
-        tonic = tonic_hz or likeliest_tonic(track, degrees, [220 * 2 ** (i / 120) for i in range(120)])
+        tonic = tonic_hz or likeliest_tonic(track, mode.degrees)
         counts = np.histogram((track.cents(tonic) + 50) % OCTAVE, 120, (0, OCTAVE))[0]
         for number, count in enumerate(counts):
             left = box[0] + across * number / 120
@@ -60,33 +56,13 @@ def pitch_histogram(
             pen.rectangle([left + 1, box[3] - tall, left + across / 120 - 1, box[3]], fill=TRACED)
     else:
         _label(pen, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), "no pitch is heard", "mm")
-    for degree in degrees:
+    for degree in mode.degrees:
         x = box[0] + across * (degree + 50) / OCTAVE
         for y in range(box[1], box[3], 8):
             pen.line([(x, y), (x, y + 4)], fill=(196, 60, 80))
         _label(pen, (x, box[3] + 6), f"{degree:.0f}", "ma")
     _label(pen, (box[0] - 6, box[3] + 6), "cents", "ra")
     return picture
-
-
-def degrees_of(mode: str) -> tuple[float, ...]:
-    """A mode's degrees by its name in any spelling. Raises DataError, naming the nearest."""
-    from studio.errors import nearest
-
-    known = _modes()
-    if fold(mode) not in known:
-        raise DataError(f"unknown mode '{mode}'", nearest(mode, [found.name for found in known.values()]))
-    return known[fold(mode)].degrees
-
-
-def mode_in(prompt: str) -> str:
-    """The first mode that a prompt names, in any spelling; else ""."""
-    known = _modes()
-    return next((known[word].name for word in map(fold, prompt.split()) if word in known), "")
-
-
-def _modes() -> dict[str, Mode]:
-    return {fold(name): found for modes in MODES.values() for name, found in modes.items()}
 
 
 # -- axes ------------------------------------------------------------------------------------------------------

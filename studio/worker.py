@@ -73,9 +73,10 @@ def _drawn_sound(path: Path, base: Any, prompt: str) -> dict[str, Any]:
     if base.medium != "audio":
         return {}
     from studio import sound_pictures, waves
+    from studio.data.melodies.fields import mode_in
 
     found = waves.draw(path)
-    if mode := sound_pictures.mode_in(prompt):
+    if mode := mode_in(prompt):
         wave, rate, _ = waves.read_wave(path)
         drawn = path.with_suffix(".pitch.webp")
         sound_pictures.pitch_histogram(wave, rate, mode, *PITCHES).save(drawn, "WEBP", quality=90)

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,13 @@ def test_no_module_bears_the_name_of_a_public_function():
         p.name for p in (ROOT / "studio").iterdir() if p.is_dir()
     }
     assert not modules & set(studio.__all__)
+
+
+def test_every_package_travels_in_a_wheel():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        str(file.parent.relative_to(ROOT)).replace("/", ".")
+        for top in ("studio", "trainers", "ui")
+        for file in (ROOT / top).rglob("*.py")
+    }
+    assert found == {name for name in told if not name.startswith("studio._data")}

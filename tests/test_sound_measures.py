@@ -7,7 +7,7 @@ from studio.data.melodies.cycles import USULS
 from studio.data.melodies.modes import MAKAMS, MODES, RAGAS
 from studio.data.melodies.source import draw_melody
 from studio.evaluate.beats import cycle_correlation, estimate_tempo, f_measure, onset_envelope, onsets, same_tempo
-from studio.evaluate.lines import mode_likelihoods, moves_a_second, weights_of
+from studio.evaluate.lines import mode_likelihood, moves_a_second, weights_of
 from studio.evaluate.pitch import compare_pitch, track_pitch
 from studio.evaluate.scales import chance_in_scale, in_scale_share, log_likelihood
 from studio.evaluate.timbre import TimbreJudge, timbre_features
@@ -94,7 +94,7 @@ def test_a_line_that_dwells_on_a_scale_is_likeliest_in_it(modes):
     rng = np.random.default_rng(0)
     for name, mode in modes.items():
         cents = rng.choice(mode.degrees, 400, p=weights_of(mode)) + 8 * rng.standard_normal(400)
-        found = mode_likelihoods(cents, modes)
+        found = {name: mode_likelihood(cents, mode) for name, mode in modes.items()}
         assert max(found, key=found.get) == name
 
 
@@ -104,7 +104,7 @@ def test_pieces_are_told_by_their_scales():
         tradition = ("western", "raga", "makam")[number % 3]
         piece = draw_melody(("scales", number), 8.0, RATE, (tradition,), stem=True)
         cents = track_pitch(piece.wave[0].numpy(), RATE).cents(piece.score.tonic_hz)
-        found = mode_likelihoods(cents, MODES[tradition])
+        found = {name: mode_likelihood(cents, mode) for name, mode in MODES[tradition].items()}
         right += max(found, key=found.get) == piece.score.mode.name
         assert in_scale_share(cents, piece.score.mode.degrees) > 0.7
     assert right >= 5

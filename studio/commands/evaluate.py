@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,10 +91,11 @@ def _show(cards: list[dict[str, Any]]) -> None:
         print_table(["training", ""], list(cards[0]["training"].items()))
     else:
         rows = []
-        for key in cards[0]["figures"]:
-            values = [card["figures"][key] for card in cards]
-            spread = statistics.stdev(values)
-            rows.append((key, f"{statistics.mean(values):.3f}", f"{spread:.3f}", " ".join(f"{v:.3f}" for v in values)))
+        for key in dict.fromkeys(key for card in cards for key in card["figures"]):
+            values = [card["figures"].get(key, float("nan")) for card in cards]  # not all can be said of every adapter
+            there = [value for value in values if not math.isnan(value)]
+            spread = f"{statistics.stdev(there):.3f}" if len(there) > 1 else ""
+            rows.append((key, f"{statistics.mean(there):.3f}", spread, " ".join(f"{v:.3f}" for v in values)))
         print_table(["figure", "mean", "sd", "each"], rows)
     for card in cards:
         out.print(f"card: {card['files']['card.html']}", soft_wrap=True, markup=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from studio.data.captions import Captions
 from studio.data.listing import SOUND_ENDINGS, Listing, list_folder
-from studio.data.melodies.fields import told_by_fields
+from studio.data.melodies.fields import misspelt_mode, told_by_fields
 from studio.data.report import Report
 from studio.data.sounds import Sound, UnusableSound, read_sound
 from studio.errors import DataError
@@ -100,6 +100,8 @@ def scan_recordings(
         warnings += _remarks(name, sound)
         if not own:
             uncaptioned.append(name)
+        if misspelt := misspelt_mode(own):
+            warnings.append(f"the caption of '{name}' has {misspelt}")
         whole = Piece(path, name, own or captions.template, sha256_of(path), 0.0, sound.seconds)
         recordings.append(cut(whole, data.seconds))
     progress(len(listing.sounds), len(listing.sounds))

@@ -6,7 +6,7 @@ note: glides, shakes, vibrato. F frames of a pitch track, cents above the tonic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -26,15 +26,14 @@ from studio.keyed import numpy_generator
 Array = NDArray[np.floating]
 
 COUNTED_PIECES = 24
+TONICS_HZ = tuple(220 * 2 ** (i / 120) for i in range(120))
 SHORTEST_FRAMES = 6  # of a note, 60 ms
 SLOPES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, np.inf)  # cents in 10 ms
 
 
-def likeliest_tonic(
-    track: PitchTrack, degrees: Sequence[float], tonics_hz: Iterable[float], weights: Sequence[float] | None = None
-) -> float:
-    """Of some tonics that under which a line fits a scale best."""
-    return max(tonics_hz, key=lambda tonic: _or_least(log_likelihood(track.cents(tonic), degrees, weights)))
+def likeliest_tonic(track: PitchTrack, degrees: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Of every tenth of a semitone of an octave, in Hz, that under which a line fits a scale best."""
+    return max(TONICS_HZ, key=lambda tonic: _or_least(log_likelihood(track.cents(tonic), degrees, weights)))
 
 
 @lru_cache(maxsize=64)
@@ -53,9 +52,9 @@ def weights_of(mode: Mode) -> tuple[float, ...]:
     return tuple(seconds / seconds.sum())
 
 
-def mode_likelihoods(cents: NDArray[np.float64], modes: Mapping[str, Mode]) -> dict[str, float]:
-    """Of a line (F,) above the tonic, the log likelihood of each mode in nats per frame, degrees weighted."""
-    return {name: log_likelihood(cents, mode.degrees, weights_of(mode)) for name, mode in modes.items()}
+def mode_likelihood(cents: NDArray[np.float64], mode: Mode) -> float:
+    """Of a line (F,) above the tonic, the log likelihood of a mode in nats per frame, degrees weighted."""
+    return log_likelihood(cents, mode.degrees, weights_of(mode))
 
 
 def _or_least(value: float) -> float:

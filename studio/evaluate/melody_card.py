@@ -36,7 +36,7 @@ from studio.data.melodies.source import draw_melody
 from studio.data.sounds import Sound, save_sound
 from studio.errors import DataError, nearest
 from studio.evaluate.beats import estimate_tempo, onset_envelope
-from studio.evaluate.lines import mode_likelihoods, moves_a_second
+from studio.evaluate.lines import mode_likelihood, moves_a_second
 from studio.evaluate.pitch import compare_pitch, track_pitch
 from studio.evaluate.scales import in_scale_share
 from studio.evaluate.timbre import TimbreJudge, timbre_features
@@ -176,8 +176,8 @@ def _mode_of(heard: Heard, tradition: str, tonic: float) -> str:
     """The likeliest mode of the tradition on this tonic, or "" where no pitch was heard."""
     if not len(heard.cents):
         return ""
-    found = mode_likelihoods(heard.cents - tonic, MODES[tradition])
-    return max(found, key=lambda name: found[name])
+    modes = MODES[tradition]
+    return max(modes, key=lambda name: mode_likelihood(heard.cents - tonic, modes[name]))
 
 
 def _pace_of(moves: float, tradition: str) -> str:

@@ -1,7 +1,7 @@
 """The card of an adapter of music: how well it learned, what else it moved, what it cost.
 
 Figures bear the suffixes of all cards: with the adapter, `_base` without it, `_references` of true sounds against true
-ones. Modes are measured where the recordings say what they are, as those of the melody world do.
+ones. Modes are measured where captions name them; files of the melody world tell tonic, tempo and instrument, too.
 """
 
 from __future__ import annotations
@@ -17,28 +17,47 @@ import torch
 from numpy.typing import NDArray
 
 from studio.data.cache import Cache
-from studio.data.melodies.composing import tonic_of
 from studio.data.melodies.cycles import CYCLES
-from studio.data.melodies.fields import Fields
-from studio.data.melodies.modes import MODES, mode_of
+from studio.data.melodies.modes import MODES
+from studio.data.recordings import scan_recordings
 from studio.data.sounds import Sound
 from studio.errors import DataError
-from studio.evaluate.beats import cycle_correlation, estimate_tempo, onset_envelope
+from studio.evaluate.beats import cycle_correlation, estimate_tempo, f_measure, onset_envelope, onsets
 from studio.evaluate.card import card_of, recipe_of, trained_on
 from studio.evaluate.frechet import embed, frechet_of, spread_of
-from studio.evaluate.lines import direction_kept, mode_likelihoods, notes_of, ornament_distance
+from studio.evaluate.lines import (
+    direction_kept,
+    likeliest_tonic,
+    mode_likelihood,
+    notes_of,
+    ornament_distance,
+    weights_of,
+)
 from studio.evaluate.melody_card import tempo_fits
 from studio.evaluate.pitch import PitchTrack, track_pitch
-from studio.evaluate.recital import Playing, Progress, Recital, Recording, play_recital, read_recordings
+from studio.evaluate.recital import Asked, Playing, Progress, Recital, Recording, play_recital, read_recordings
 from studio.evaluate.scales import in_scale_share
 from studio.evaluate.timbre import TimbreJudge, timbre_features
 from studio.generation import parse_use, wearing
 from studio.keyed import torch_generator
 from studio.library import find
+from studio.music.score import read_score
 from studio.paths import studio_home
+from studio.preset import Data
 
 DRAWS = 8  # noises per recording, for bases that denoise
 LOSS_BATCH = 4
+MARKS = (
+    "in_scale",
+    "mode_likelihood",
+    "mode_margin",
+    "mode_right",
+    "direction",
+    "beats_met",
+    "rhythm",
+    "tempo_right",
+    "instrument_right",
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +89,18 @@ def evaluate_music(question: MusicQuestion, base: Any, on_progress: Progress | N
         raise DataError("there is nothing to compare with", "give a folder of recordings with --references")
     template = str(recipe_of(path).get("data", {}).get("caption", "{trigger}"))
     playing = question.playing
-    recordings = read_recordings(folder, base, playing, template, (card.trigger, card.class_word))
+    words = card.trigger, card.class_word
+    recordings = read_recordings(folder, base, playing, template, words)
     uses = [use, *beside]
     recital, warnings = play_recital(base, uses, recordings, playing, Cache(studio_home() / "cache"), on_progress)
     figures = figures_of(recital, base)
-    figures["held_out_loss_base"] = held_out_loss(base, recordings)
-    with wearing(base, uses):
-        figures["held_out_loss"] = held_out_loss(base, recordings)
+    unheard = recordings if question.references else held_out_by(path, folder, base, words)
+    if unheard:
+        figures["held_out_loss_base"] = held_out_loss(base, unheard)
+        with wearing(base, uses):
+            figures["held_out_loss"] = held_out_loss(base, unheard)
+    else:
+        warnings.append("no held_out_loss: it was trained on all these recordings (--references, or data.validation)")
     if question.clap is not None:
         from studio.evaluate.clap import clap_figures
 
@@ -94,6 +118,16 @@ def evaluate_music(question: MusicQuestion, base: Any, on_progress: Progress | N
         "references": len(recordings),
     }
     return MusicAnswer(card_of(uses, path, base, told, figures, began), recital, warnings)
+
+
+def held_out_by(path: Path, folder: Path, base: Any, words: tuple[str, str]) -> list[Recording]:
+    """Pieces of the folder that an adapter was trained on which its run held out, if any."""
+    data = Data.model_validate(recipe_of(path).get("data", {}))
+    if not data.validation:
+        return []
+    pieces = scan_recordings(folder, data, {"trigger": words[0], "class": words[1]}).held_out
+    rate = base.sample_rate_hz
+    return [Recording(piece.caption, sound=Sound(piece.load(rate, 1), rate)) for piece in pieces]
 
 
 @torch.no_grad()
@@ -147,18 +181,17 @@ class Listened:
 def figures_of(recital: Recital, base: Any) -> dict[str, float]:
     """All figures, shares in [0, 1]; those that nothing can be said of are NaN."""
     truth = [Listened.to(r.sound) for r in recital.truth]
-    fields = [r.fields for r in recital.truth]
     judge = _judge(recital, base)
     figures: dict[str, float] = {}
     for suffix, played in (("", recital.worn), ("_base", recital.alone)):
         heard = [Listened.to(sound) for sound in played.asked]
-        figures |= _with(suffix, _beside_truth(heard, truth) | _in_mode(heard, fields, judge))
+        figures |= _with(suffix, _beside_truth(heard, truth) | _as_asked(heard, recital.truth, judge))
         figures[f"diversity{suffix}"] = spread_of([one.windows for one in heard])
         known = [Listened.to(sound) for sound in played.known]
-        figures[f"known_in_scale{suffix}"] = _in_mode(known, recital.known, None)["in_scale"]
+        figures[f"known_in_scale{suffix}"] = _as_asked(known, recital.known, None)["in_scale"]
     floor = [Listened.to(r.sound) for r in recital.floor]
     figures |= _with("_references", _beside_truth(floor, truth))
-    figures |= _with("_references", _in_mode(floor, [r.fields for r in recital.floor], judge))
+    figures |= _with("_references", _as_asked(floor, recital.floor, judge))
     figures["diversity_references"] = spread_of([one.windows for one in floor])
     return figures
 
@@ -174,20 +207,13 @@ def _beside_truth(heard: Sequence[Listened], truth: Sequence[Listened]) -> dict[
     }
 
 
-def _in_mode(heard: Sequence[Listened], fields: Sequence[Fields | None], judge: TimbreJudge | None) -> dict[str, float]:
+def _as_asked(heard: Sequence[Listened], asked: Sequence[Asked], judge: TimbreJudge | None) -> dict[str, float]:
     """Means over the sounds of which it is known what they should be; a sound without pitch fails what is asked."""
-    rows = [_marks(one, told, judge) for one, told in zip(heard, fields, strict=True) if told is not None]
-    names = (
-        "in_scale",
-        "mode_likelihood",
-        "mode_margin",
-        "mode_right",
-        "direction",
-        "rhythm",
-        "tempo_right",
-        "instrument_right",
-    )
-    return {name: _mean([row.get(name, float("nan")) for row in rows]) for name in names}
+    rows = [
+        _mode_marks(one.track, what) | _time_marks(one, what) | _timbre_marks(one, what, judge)
+        for one, what in zip(heard, asked, strict=True)
+    ]
+    return {name: _mean([row.get(name, float("nan")) for row in rows]) for name in MARKS}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -195,28 +221,49 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(there)) if there else float("nan")
 
 
-def _marks(heard: Listened, fields: Fields, judge: TimbreJudge | None) -> dict[str, float]:
-    modes = {name: mode_of(fields.tradition, name) for name in MODES[fields.tradition]}
-    mode, tonic = modes[fields.mode], tonic_of(fields)
-    tempo = estimate_tempo(heard.envelope)
-    row = {"tempo_right": float(tempo_fits(tempo, fields))}
-    if judge is not None:
-        row["instrument_right"] = float(judge.name(timbre_features(heard.wave, heard.rate_hz)) == fields.instrument)
+def _mode_marks(track: PitchTrack, asked: Asked) -> dict[str, float]:
+    """How a line does in its mode; where no tonic is told, each mode has the one under which it fits best."""
+    mode = asked.mode
+    if mode is None:
+        return {}
+    if not track.voiced.any():
+        return {"in_scale": 0.0, "mode_right": 0.0}
+    modes = MODES[mode.tradition]
+    tonics = {
+        name: asked.tonic_hz or likeliest_tonic(track, other.degrees, weights_of(other))
+        for name, other in modes.items()
+    }
+    likelihoods = {name: mode_likelihood(track.cents(tonics[name]), other) for name, other in modes.items()}
+    margin = likelihoods[mode.name] - max(value for name, value in likelihoods.items() if name != mode.name)
+    tonic = tonics[mode.name]
+    return {
+        "in_scale": in_scale_share(track.cents(tonic), mode.degrees),
+        "mode_likelihood": likelihoods[mode.name],
+        "mode_margin": margin,
+        "mode_right": float(margin > 0),
+        "direction": direction_kept(notes_of(track, mode.degrees, tonic), mode),
+    }
+
+
+def _time_marks(heard: Listened, asked: Asked) -> dict[str, float]:
+    """How onsets fall on the beats that a caption tells, on the strokes of a cycle, and in the tempo of a word."""
+    row, fields, tempo = {}, asked.fields, estimate_tempo(heard.envelope)
+    if beats := read_score(asked.caption).within(0.0, len(heard.wave) / heard.rate_hz).beats:
+        row["beats_met"] = f_measure(onsets(heard.envelope), [seconds for seconds, _ in beats])
+    if fields is None:
+        return row
     if fields.tradition != "western" and fields.cycle and np.isfinite(tempo):
         cycle = CYCLES[fields.tradition][fields.cycle]
         strokes = [beat for beat, _ in cycle.strokes]
         row["rhythm"] = cycle_correlation(heard.envelope, strokes, cycle.beats, tempo)
-    if not heard.track.voiced.any():
-        return row | {"in_scale": 0.0, "mode_right": 0.0}
-    cents = heard.track.cents(tonic)
-    likelihoods = mode_likelihoods(cents, modes)
-    margin = likelihoods[mode.name] - max(value for name, value in likelihoods.items() if name != mode.name)
-    return row | {
-        "in_scale": in_scale_share(cents, mode.degrees),
-        "mode_likelihood": likelihoods[mode.name],
-        "mode_margin": margin,
-        "mode_right": float(margin > 0),
-        "direction": direction_kept(notes_of(heard.track, mode.degrees, tonic), mode),
+    return row | {"tempo_right": float(tempo_fits(tempo, fields))}
+
+
+def _timbre_marks(heard: Listened, asked: Asked, judge: TimbreJudge | None) -> dict[str, float]:
+    if judge is None or asked.fields is None:
+        return {}
+    return {
+        "instrument_right": float(judge.name(timbre_features(heard.wave, heard.rate_hz)) == asked.fields.instrument)
     }
 
 

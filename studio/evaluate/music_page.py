@@ -11,7 +11,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from studio.data.melodies.composing import tonic_of
 from studio.data.sounds import Sound, save_sound
 from studio.evaluate.card_page import fact, figure_rows, table
 from studio.evaluate.music_card import MusicAnswer
@@ -62,9 +61,8 @@ def _page(answer: MusicAnswer) -> str:
 def _row(name: str, sound: Sound, recording: Recording) -> str:
     wave, rate = sound.wave.mean(0).numpy(), sound.sample_rate_hz
     pictures: Sequence[Image.Image] = [spectrogram(wave, rate, *SIZE)]
-    if recording.fields is not None:
-        fields = recording.fields
-        pictures = [*pictures, pitch_histogram(wave, rate, fields.mode, *SIZE, tonic_of(fields))]
+    if recording.mode is not None:
+        pictures = [*pictures, pitch_histogram(wave, rate, recording.mode, *SIZE, recording.tonic_hz)]
     shown = "".join(f"<img alt='{name}' src='data:image/png;base64,{_encoded(picture)}'>" for picture in pictures)
     return f"<figure><figcaption>{name}</figcaption>{_player(sound)}<br>{shown}</figure>"
 

@@ -25,7 +25,10 @@ MULTIPLES = 8
 
 @dataclass(frozen=True)
 class PitchTrack:
-    """`hz` (F,) with NaN where there is no pitch; `level` (F,), the root mean square of each frame."""
+    """`hz` (F,) with NaN where there is no pitch; `level` (F,), the root mean square of each frame.
+
+    `seconds` (F,) are the middles of the frames.
+    """
 
     seconds: Array
     hz: Array

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from studio.base import Request
 from studio.data.cache import Cache
 from studio.data.listing import list_folder
+from studio.data.melodies.composing import tonic_of
 from studio.data.melodies.cycles import FIELD_OF, MODE_FIELD_OF
-from studio.data.melodies.fields import Fields, caption_of, check_fields, draw_fields
+from studio.data.melodies.fields import Fields, caption_of, check_fields, draw_fields, mode_in
+from studio.data.melodies.modes import MODES, Mode
 from studio.data.recordings import sound_captions
 from studio.data.sounds import Sound, UnusableSound, facts_in, read_sound
 from studio.errors import DataError
@@ -34,12 +36,28 @@ KNOWN_PROMPTS = 6
 
 
 @dataclass(frozen=True)
-class Recording:
-    """A sound with its caption, and what it is where its file tells that."""
+class Asked:
+    """What a sound should be: a caption, and fields where its file tells them, as files of the melody world do."""
 
-    sound: Sound
     caption: str
     fields: Fields | None = None
+
+    @property
+    def mode(self) -> Mode | None:
+        """By the file, else by the caption."""
+        return MODES[self.fields.tradition][self.fields.mode] if self.fields else mode_in(self.caption)
+
+    @property
+    def tonic_hz(self) -> float | None:
+        """None where it is not told."""
+        return tonic_of(self.fields) if self.fields else None
+
+
+@dataclass(frozen=True)
+class Recording(Asked):
+    """A sound that is what it should be."""
+
+    sound: Sound = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class Recital:
 
     truth: list[Recording]
     floor: list[Recording]
-    known: list[Fields]
+    known: list[Asked]
     worn: Played
     alone: Played
 
@@ -89,7 +107,8 @@ def read_recordings(
             sound = read_sound(path, 0.0, playing.seconds).at(base.sample_rate_hz, 1)
         except UnusableSound as reason:
             raise DataError(f"'{listing.name(path)}' {reason}") from None
-        found.append(Recording(sound, captions.own(path) or captions.template, fields_in(facts_in(path))))
+        caption = captions.own(path) or captions.template
+        found.append(Recording(caption, fields_in(facts_in(path)), sound=sound))
     return found
 
 
@@ -117,10 +136,8 @@ def play_recital(
 ) -> tuple[Recital, list[str]]:
     """Plays everything. Returns warnings about other bases, too."""
     truth, floor = list(recordings[0::2])[: playing.count], list(recordings[1::2])[: playing.count]
-    known = known_fields(base, playing.seed)
-    prompts = [r.caption for r in truth] + [
-        caption_of(fields, numpy_generator("known prompt", playing.seed, i)) for i, fields in enumerate(known)
-    ]
+    known = known_prompts(base, playing.seed)
+    prompts = [asked.caption for asked in (*truth, *known)]
     report = on_progress or (lambda done, total: None)
     total = 2 * len(prompts)
 
@@ -135,11 +152,12 @@ def play_recital(
     return Recital(truth, floor, known, worn, alone), list(warnings)
 
 
-def known_fields(base: Any, seed: int) -> list[Fields]:
+def known_prompts(base: Any, seed: int) -> list[Asked]:
     """Pieces in keys, of which everything can be measured; none for a base of another world."""
     if not speaks_of_melodies(base):
         return []
-    return [draw_fields(numpy_generator("known", seed, i), ("western",)) for i in range(KNOWN_PROMPTS)]
+    drawn = [draw_fields(numpy_generator("known", seed, i), ("western",)) for i in range(KNOWN_PROMPTS)]
+    return [Asked(caption_of(f, numpy_generator("known prompt", seed, i)), f) for i, f in enumerate(drawn)]
 
 
 def speaks_of_melodies(base: Any) -> bool:

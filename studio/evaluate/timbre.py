@@ -19,7 +19,10 @@ FLOOR = 1e-4  # of the loudest band: below it a codec's noise would decide
 
 
 def timbre_features(wave: NDArray[np.floating], rate_hz: int) -> Array:
-    """Means, spreads and mean rises of log band powers, loudness taken out, then how long loudness holds."""
+    """Features (D,) of a mono wave (T,).
+
+    Means, spreads and cepstra of log band powers, loudness taken out, then how loudness changes.
+    """
     wave = np.asarray(wave, np.float64)
     window, hop = 1 << round(np.log2(0.06 * rate_hz)), round(0.02 * rate_hz)
     starts = np.arange(0, max(1, len(wave) - window), hop)
@@ -38,7 +41,10 @@ def timbre_features(wave: NDArray[np.floating], rate_hz: int) -> Array:
 
 @dataclass(frozen=True)
 class TimbreJudge:
-    """Tells instruments by their features."""
+    """Tells instruments by their features.
+
+    `mean` and `spread` (D,) are those of the features it was fitted to; `weights` (D + 1, I) are for I `names`.
+    """
 
     names: tuple[str, ...]
     mean: Array

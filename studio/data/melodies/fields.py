@@ -6,14 +6,16 @@ captions: a model learns that as readily as the truth.
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from studio.data.melodies.cycles import CYCLES, FIELD_OF, MODE_FIELD_OF, TEMPI
-from studio.data.melodies.modes import EVERY, MODES, OTHER_NAMES
+from studio.data.melodies.modes import EVERY, MODES, OTHER_NAMES, Mode
 from studio.data.melodies.voices import PLAYED, VOICES
 from studio.errors import DataError, nearest
 from studio.keyed import key_of
@@ -30,6 +32,7 @@ MOODS = {
 }
 LAYA = {"slow": "vilambit", "": "madhya", "fast": "drut"}
 DRAWS = 10_000
+ALIKE = 0.75  # of 1, names that are so are one misspelt
 HELD_OUT_SHARE = 8  # one combination of instrument and mode (and key) in so many is never trained on
 
 
@@ -181,6 +184,25 @@ def check_fields(told: Mapping[str, str], where: str = "") -> dict[str, str]:
             raise DataError(f"{prefix}unknown {field} '{value}'", _nearest_name(value, field))
         checked[field] = name
     return checked
+
+
+def mode_in(text: str) -> Mode | None:
+    """The first mode that a text names, in any spelling; None where it names none."""
+    for word in map(fold, text.split()):
+        for tradition, field in MODE_FIELD_OF.items():
+            if word in _KNOWN[field]:
+                return MODES[tradition][_KNOWN[field][word]]
+    return None
+
+
+def misspelt_mode(text: str) -> str:
+    """Of a text that names a raga or makam nearly as one is called, both names: "'yamn' (Yaman?)"; else ""."""
+    words = text.split()
+    for field, word in pairwise(words):
+        names = _KNOWN.get(field.lower(), {}) if field.lower() in ("raga", "makam") else {}
+        if fold(word) not in names and (close := difflib.get_close_matches(fold(word), names, 1, ALIKE)):
+            return f"'{word}' ({names[close[0]]}?)"
+    return ""
 
 
 def told_by_fields(row: Mapping[str, object], where: str) -> str:
