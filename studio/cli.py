@@ -49,7 +49,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 @app.command()
 def train(
     preset: Annotated[str, typer.Option(help="A preset's name, or a file.")] = "",
-    data: Annotated[str | None, typer.Option(help="Folder of pictures to learn from.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of pictures, clips or recordings to learn from.")] = None,
     base: Annotated[str | None, typer.Option(help="Bundled name, alias, folder, hub id or .safetensors file.")] = None,
     method: Annotated[str | None, typer.Option(help="Replace the preset's method: lora, orthogonal, ...")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the library, and the trigger word.")] = None,
@@ -225,7 +225,7 @@ app.command()(inspect)
 @app.command()
 def check(
     preset: Annotated[str, typer.Option(help="A preset's name, or a file.")] = "subject",
-    data: Annotated[str | None, typer.Option(help="Folder of pictures.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of pictures, clips or recordings.")] = None,
     base: Annotated[str | None, typer.Option(help="Another base.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any field.")] = None,
     as_json: Json = False,

@@ -144,9 +144,11 @@ def sound_facts(request: Request, index: int, base: Base, uses: Sequence[Use]) -
     """The same for a sound."""
     return {
         "prompt": request.prompts[index],
+        "negative": request.negative,
         "seed": request.seeds[index],
+        "steps": request.steps,
         "guidance": base.guidance if request.guidance is None else request.guidance,
-        "seconds": request.seconds,
+        "seconds": getattr(base, "seconds", None) if request.seconds is None else request.seconds,
         "base": base.name,
         "base_values": base.identity().values[:32],
         "licence": base.licence,

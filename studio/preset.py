@@ -45,7 +45,18 @@ class Data(_Settings):
     path: str | None = Field(
         None, description="The folder of pictures or sounds, only read. {assets} is the studio's own data."
     )
-    seconds: float = Field(10.0, gt=0, le=60, description="Sounds: recordings are cut into pieces of this length.")
+    seconds: float = Field(
+        10.0,
+        gt=0,
+        le=60,
+        description="Sounds: recordings are cut into pieces of this length. Melodies: how long pieces are, or the "
+        "codec's crops of them; the pieces of `melody-diffusion` are as long as its clips, whatever this says.",
+    )
+    part: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="Sounds: the part of a recording of a minute or more that is used, as shares of its length; "
+        "[0.2, 0.9] leaves out how it begins and ends.",
+    )
     resolution: int | None = Field(None, ge=16, le=8192, description="Side in pixels. Default: the base's own.")
     caption: str = Field(
         "{trigger}",
@@ -59,7 +70,9 @@ class Data(_Settings):
     flip: bool = Field(False, description="Train on mirrored pictures too.")
     masks: bool = Field(False, description="Weight the loss by masks: NAME.mask.png beside NAME.png, white counts.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained without their caption.")
-    validation: int = Field(0, ge=0, description="How many pictures to hold out for a validation loss.")
+    validation: int = Field(
+        0, ge=0, description="How many pictures, clips or recordings to hold out for a validation loss."
+    )
     glyphs: Literal["train", "train+other", "held-out"] = Field("train", description="Stickers: which emoji to draw.")
     crop: int | None = Field(None, ge=16, description="Stickers: train the autoencoder on crops of this side.")
     alone: float = Field(0.0, ge=0, le=1, description="Stickers: share of pictures with one thing in the middle.")
@@ -80,6 +93,13 @@ class Data(_Settings):
     )
     stems: bool = Field(False, description="Melodies: the line alone, without drone and drum.")
     prior: Prior = Prior()
+
+    @field_validator("part")
+    @classmethod
+    def _is_a_part(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("must be two shares of the length, the smaller first: [0.2, 0.9]")
+        return value
 
 
 class Schedule(_Settings):

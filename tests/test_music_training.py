@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from studio.adapter import Card, load_adapter, new_adapter
+from studio.base import Request
 from studio.bases.musicgen import MusicGen
+from studio.bases.registry import load_base
 from studio.cli import run as studio
 from studio.data.cache import Cache
 from studio.data.recordings import scan_recordings
 from studio.data.sounds import LOUDEST, Sound, facts_in, read_sound, save_sound
 from studio.errors import DataError, PresetError, RequestError, WorkError
+from studio.method import method_from
 from studio.preset import Data
 from studio.training import Order, adapter_training, plan, plan_resume
 
@@ -148,6 +153,26 @@ def test_recordings_are_cut_captioned_and_held_out_whole(recordings):
         assert piece.load(RATE, 2).shape == (2, round(piece.seconds * RATE))
 
 
+def test_mp3_is_read_as_it_sounds(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", tone(440, 1.0, 16_000), 16_000, format="MP3")
+    (piece,) = scan_recordings(tmp_path, Data(), {"trigger": "x", "class": ""}).pieces
+    wave = piece.load(16_000, 1)
+    assert wave.shape == (1, 16_000)
+    assert int(torch.fft.rfft(wave[0]).abs().argmax()) == 440
+    assert float(wave.std()) == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
+
+
+def test_of_long_recordings_a_part_is_used(tmp_path):
+    for name, seconds in (("long", 100), ("short", 30)):
+        soundfile.write(tmp_path / f"{name}.wav", np.sin(np.arange(seconds * 1600) / 3).astype("float32") / 2, 1600)
+    found = scan_recordings(tmp_path, Data(seconds=10, part=(0.2, 0.9)), {"trigger": "x", "class": ""}).pieces
+    starts = {name: [p.start_seconds for p in found if p.name == f"{name}.wav"] for name in ("long", "short")}
+    assert starts == {"long": [20.0 + 10 * i for i in range(7)], "short": [0.0, 10.0, 20.0]}
+    assert all(p.seconds == pytest.approx(10) for p in found)
+    with pytest.raises(ValidationError, match="smaller first"):
+        Data(part=(0.9, 0.2))
+
+
 def test_unusable_files_are_dropped_by_name_and_oddities_told(recordings):
     soundfile.write(recordings / "silent.wav", np.zeros(RATE, "float32"), RATE)
     soundfile.write(recordings / "one.wav", np.ones(1, "float32"), RATE)
@@ -183,10 +208,19 @@ def test_a_resumed_training_equals_one_that_went_through(recipe, tmp_path):
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_samples_are_sounds_and_row_0_is_the_base(recipe, tmp_path, folder_of_musicgen):
-    from studio.base import Request
-    from studio.bases.registry import load_base
+def test_a_training_leaves_every_value_of_the_base_as_it_was(recipe, tmp_path):
+    training = plan(Order(recipe, run=tmp_path / "run", name="tune", settings=BUSY))
+    whole = torch.nn.ModuleDict(training.base.modules)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    collect(training)
+    learned = load_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert all(terms["main"].up.any() for terms in learned.patches.values())
+    after = whole.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
+
+def test_samples_are_sounds_and_row_0_is_the_base(recipe, tmp_path, folder_of_musicgen):
     events = train(recipe, tmp_path / "run", "learning_rate=0.05")
     paths = [tmp_path / "run" / e.data["path"] for e in events if e.kind == "sample"]
     assert [p.name for p in paths] == ["000000-0.wav", "000003-0.wav", "000006-0.wav"]
@@ -272,3 +306,47 @@ def test_check_rehearses_training_and_export(recipe, capsys):
     assert told["pieces of sound"] == 5
     assert told["bucket"] == ["0.5 s: 5"]
     assert told["export"] == ["peft: exact"]
+
+
+def write_adapter_of_another_width(path):
+    base = load_base("melody")
+    method = method_from({"kind": "music-linear", "bottleneck": 4})
+    sites = {name: site.shape for name, site in method.sites(base).items()}
+    new_adapter(Card(method=method.model_dump(mode="json"), base=base.identity(), sites=sites)).save(path)
+
+
+def write_makam(path):
+    soundfile.write(path.with_name("a.wav"), tone(110, 0.5), RATE)
+    path.write_text(json.dumps({"file_name": "a.wav", "makam": "Hicazz"}))
+
+
+UNUSABLE = {
+    "silent.wav": (lambda path: soundfile.write(path, np.zeros(RATE, "float32"), RATE), "'silent.wav' is silent"),
+    "one.wav": (lambda path: soundfile.write(path, np.ones(1, "float32"), RATE), "'one.wav' is only 0.00063 seconds"),
+    "video.wav": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500)), "'video.wav' cannot be read"),
+    "metadata.jsonl": (write_makam, "'metadata.jsonl', line 1: unknown makam 'Hicazz'"),
+    "wide.safetensors": (write_adapter_of_another_width, "made for 'melody'"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_cannot_be_used_is_refused_in_one_line_and_leaves_nothing(
+    name, recipe, folder_of_musicgen, tmp_path, capsys
+):
+    folder, (write, said) = tmp_path / "given", UNUSABLE[name]
+    folder.mkdir()
+    write(folder / name)
+    request = ["train", "--preset", recipe, "--data", str(folder), "--name", "tune"]
+    if name == "wide.safetensors":
+        request = ["generate", "a tune", "--base", str(folder_of_musicgen), "--adapter", str(folder / name)]
+        request += ["--out", str(tmp_path / "a.wav")]
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert studio(request) == 2
+    told = capsys.readouterr()
+    error, *hint = told.err.splitlines()
+    assert error.startswith("error: ")
+    assert said in error
+    assert [line.partition(" ")[0] for line in hint] in ([], ["hint:"])
+    assert not told.out
+    assert sorted(tmp_path.rglob("*")) == before

@@ -176,6 +176,49 @@ def test_times_are_sines_and_cosines_of_the_papers_rates():
     assert root.tolist() == pytest.approx([math.sin(3), math.cos(3)] * 2)
 
 
+def sines(number, width, base):
+    """Sine and cosine in turn, of ever slower waves: the encoding of a time, and where the base is 1 of a root."""
+    rates = [base ** (-2 * pair / width) for pair in range(width // 2)]
+    return [wave(number * rate) for rate in rates for wave in (math.sin, math.cos)]
+
+
+def one_of(count, number):
+    return [float(place == number) for place in range(count)]
+
+
+def through(layer, rows):
+    """A linear layer's output, number by number."""
+    return [
+        [bias + sum(w * x for w, x in zip(weights, row, strict=True)) for weights, bias in zip(*layer, strict=True)]
+        for row in rows
+    ]
+
+
+@torch.no_grad()
+def test_beats_are_their_count_and_time_through_one_layer():
+    encoder = BeatEncoder(4, length=3)
+    ids, seconds = encoder.ids_of([(0.5, 2), (1.25, 5)])
+    rows = [one_of(7, 3) + sines(0.5, 4, 10001), one_of(7, 6) + sines(1.25, 4, 10001)]
+    rows += [one_of(7, 0) + sines(1.25, 4, 10001)]  # padding
+    expected = through([part.tolist() for part in (encoder.ffn.weight, encoder.ffn.bias)], rows)
+    torch.testing.assert_close(encoder(ids[None], seconds[None])[0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_chords_are_their_root_type_inversion_and_time_through_one_layer():
+    encoder = ChordEncoder(4, length=3)
+    ids, seconds = encoder.ids_of([("Am", 0.5), ("F#m7b5/A", 2.0)])
+    bias = encoder.root_bias[0].tolist()
+    known = [(2, 4, 3, 0.5), (11, 7, 2, 2.0), (0, 0, 0, 2.0)]  # the last is padding
+    rows = [
+        [wave + own for wave, own in zip(sines(root, 4, 1), bias, strict=True)]
+        + one_of(12, kind) + one_of(4, inversion) + sines(time, 4, 10001)
+        for root, kind, inversion, time in known
+    ]  # fmt: skip
+    expected = through([part.tolist() for part in (encoder.ffn.weight, encoder.ffn.bias)], rows)
+    torch.testing.assert_close(encoder(ids[None], seconds[None])[0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
 def test_a_prompt_tells_beats_and_chords():
     score = read_score("a waltz | beats: 60 bpm 3/4 | in red | chords: Am@0 F#m7/A@2.5 N@4").within(1.0, 3.0)
     assert score.text == "a waltz | in red"
@@ -415,7 +458,7 @@ def test_targets_are_met_on_the_published_networks_shapes(real, kind):
     parts = {name: network for name, network in real.items() if "predictor" not in name}
     whole = assembled("mustango", {**parts, "tokenizer": tiny_t5()[1]}, {}, 1024, "")
     for place, places in (("after_layer", 16), ("after_block", 7)):
-        for target in (2_000_000, 8_000_000, 20_000_000, 40_000_000):
+        for target in (2_000_000, 8_000_000, 20_000_000, 40_000_000, 70_000_000):
             method = method_from({"kind": kind, "placement": place, "target_parameters": target})
             shapes = {name: site.shape for name, site in method.sites(whole).items()}
             assert len(shapes) == places

@@ -35,6 +35,7 @@ WEIGHTS = [
 PLACES = ["text_states", "after_layer", "after_block"]
 PROMPTS = ("a cat | beats: 120 bpm", "a dog | chords: Am F")
 RATE = 1600
+BUSY = ("batch_size=2", "data.caption_dropout=0.3", "data.validation=1", "min_snr_gamma=5", "method.dropout=0.2")
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +139,33 @@ def test_places_are_those_of_the_base(base):
 # -- methods of weights ------------------------------------------------------------------------------------------------
 
 
+def on_mustango():
+    """A base, layers of it, what it makes of some prompts, and a loss."""
+    base, noisy, target = Mustango.tiny(), some_latents(4), some_latents(5)
+    layers = ["attention", "scores", "conv"]
+    return base, layers, lambda: heard(base), lambda: (heard(base, noisy) - target).square().mean()
+
+
+def on_musicgen():
+    base, codes = MusicGen.tiny(), torch.randint(0, 32, (2, 4, 12), generator=torch.Generator().manual_seed(0))
+    losses = lambda: base.losses(codes, base.encode_prompts(("a cat", "a dog")))  # noqa: E731
+    return base, ["linear", "text-encoder"], losses, lambda: losses().mean()
+
+
+@pytest.mark.parametrize("made", [on_mustango, on_musicgen])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_methods_of_weights_learn_on_mustango_and_merge_to_what_they_are(kind):
-    base = Mustango.tiny()
+def test_methods_of_weights_learn_on_bases_of_music_and_merge_to_what_they_are(kind, made):
+    base, layers, said, loss_of = made()
     rank = {"rank": 2} if "rank" in methods()[kind].model_fields else {}
-    sites, adapter = adapter_on(base, kind, target_modules=["attention", "scores", "conv"], **rank)
+    sites, adapter = adapter_on(base, kind, target_modules=layers, **rank)
     with torch.no_grad():
-        bare, noisy, target = heard(base), some_latents(4), some_latents(5)
+        bare = said()
     optimizer, losses = torch.optim.Adam(adapter.parameters(), 1e-2), []
     with attach(sites, adapter.by_site(), train=True) as attachment:
         with torch.no_grad():
-            assert torch.equal(heard(base), bare)
+            assert torch.equal(said(), bare)
         for _ in range(6):
-            loss = (heard(base, noisy) - target).square().mean()
+            loss = loss_of()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -158,16 +173,16 @@ def test_methods_of_weights_learn_on_mustango_and_merge_to_what_they_are(kind):
             losses.append(loss.item())
         assert losses[-1] < losses[0]
         with torch.no_grad():
-            learned = heard(base)
+            learned = said()
     with torch.no_grad():
-        assert torch.equal(heard(base), bare)
+        assert torch.equal(said(), bare)
         for name, site in sites.items():
             patch = adapter.patches[name]["main"]
             delta, shift = patch.delta(site.module.weight), patch.bias_delta()
             site.module.weight += delta.to(site.module.weight)
             if shift is not None:
                 site.module.bias += shift
-        torch.testing.assert_close(heard(base), learned, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(said(), learned, rtol=1e-3, atol=1e-4)
 
 
 def test_a_lora_leaves_as_a_folder_that_peft_reads(base, tmp_path, monkeypatch):
@@ -238,9 +253,8 @@ def collect(training, stop_after=None):
 
 
 def test_a_resumed_training_equals_one_that_went_through(recipe, tmp_path):
-    busy = ("batch_size=2", "data.caption_dropout=0.3", "data.validation=1", "min_snr_gamma=5", "method.dropout=0.2")
-    through = train(recipe, tmp_path / "through", *busy)
-    train(recipe, tmp_path / "broken", *busy, stop_after=2)
+    through = train(recipe, tmp_path / "through", *BUSY)
+    train(recipe, tmp_path / "broken", *BUSY, stop_after=2)
     resumed = collect(plan_resume(tmp_path / "broken"))
     assert "resumed" in [event.kind for event in resumed]
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("through", "broken"))
@@ -249,6 +263,18 @@ def test_a_resumed_training_equals_one_that_went_through(recipe, tmp_path):
     losses = [e.data["loss"] for e in through if e.kind == "validation"]
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_training_leaves_every_value_of_the_base_as_it_was(recipe, tmp_path):
+    training = plan(Order(recipe, run=tmp_path / "run", name="tune", settings=BUSY))
+    whole = torch.nn.ModuleDict(training.base.modules)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    collect(training)
+    learned = load_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert all(terms["main"].up.any() for terms in learned.patches.values())
+    after = whole.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_train_and_generate_at_the_command_line(recipe, folder_of_mustango, tmp_path, capsys):
@@ -262,10 +288,18 @@ def test_train_and_generate_at_the_command_line(recipe, folder_of_mustango, tmp_
     assert not torch.equal(read_sound(samples[2]).wave, read_sound(samples[0]).wave)
     out = tmp_path / "a.wav"
     request = ["generate", "a tune | beats: 120 bpm", "--base", str(folder_of_mustango), "--adapter", "tune:0.5"]
-    assert studio([*request, "--steps", "2", "--seconds", "0.2", "--out", str(out), "--json"]) == 0
+    asked = ["--steps", "2", "--seconds", "0.2", "--negative", "noise"]
+    assert studio([*request, *asked, "--out", str(out), "--json"]) == 0
     capsys.readouterr()
     assert soundfile.info(out).frames == round(0.2 * RATE)
-    assert facts_in(out)["adapters"][0]["weight"] == 0.5
+    told = facts_in(out)
+    assert told["adapters"][0]["weight"] == 0.5
+    assert {name: told[name] for name in ("steps", "negative", "seconds", "seed")} == {
+        "steps": 2,
+        "negative": "noise",
+        "seconds": 0.2,
+        "seed": 0,
+    }
     wrong = ["generate", "a tune | chords: Zm", "--base", str(folder_of_mustango), "--out", str(tmp_path / "b.wav")]
     assert studio(wrong) == 2
     assert "'Zm' is no chord" in capsys.readouterr().err

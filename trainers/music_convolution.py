@@ -99,7 +99,7 @@ def squeezed(bottleneck: int, ratio: int) -> int:
 
 @register
 class MusicConvolution(MusicMethod):
-    """Music: dilated convolutions in a bottleneck after each layer; hears a fraction of a second, good at ornaments."""
+    """Music: dilated convolutions in a bottleneck after each layer; hears a fraction of a second."""
 
     kind: Literal["music-convolution"] = "music-convolution"
     paper = "Mehta et al. 2025, Exploring Adapter Design Tradeoffs for Low Resource Music Generation, arXiv 2506.21298"

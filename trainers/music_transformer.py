@@ -84,7 +84,7 @@ def attention_width(bottleneck: int, heads: int) -> int:
 
 @register
 class MusicTransformer(MusicMethod):
-    """Music: self-attention in a bottleneck after each layer; hears everything so far, good at long rules."""
+    """Music: self-attention in a bottleneck after each layer; hears everything so far."""
 
     kind: Literal["music-transformer"] = "music-transformer"
     paper = "Mehta et al. 2025, Exploring Adapter Design Tradeoffs for Low Resource Music Generation, arXiv 2506.21298"

@@ -27,6 +27,7 @@ from studio.preset import Data
 SILENT = 1e-3  # peak, -60 dB
 CLIPPED_SHARE = 0.01  # of samples at full scale
 SHORTEST_SECONDS = 0.25
+LONG_SECONDS = 60.0  # a recording that may be used in part
 REST = 0.5  # the last piece of a recording is kept if it has this share of a whole one
 
 
@@ -103,7 +104,7 @@ def scan_recordings(
         if misspelt := misspelt_mode(own):
             warnings.append(f"the caption of '{name}' has {misspelt}")
         whole = Piece(path, name, own or captions.template, sha256_of(path), 0.0, sound.seconds)
-        recordings.append(cut(whole, data.seconds))
+        recordings.append(cut(whole, data.seconds, data.part))
     progress(len(listing.sounds), len(listing.sounds))
     if not recordings:
         reasons = "; ".join(f"'{name}' {reason}" for name, reason in dropped[:3])
@@ -129,13 +130,17 @@ def sound_captions(listing: Listing, template: str, fill: Mapping[str, str]) -> 
     return Captions(replace(listing, pictures=listing.sounds), template, fill, told_by_fields)
 
 
-def cut(whole: Piece, seconds: float) -> list[Piece]:
-    """A recording in pieces of a length; of what is left over, what is at least half of one."""
-    if whole.seconds <= seconds:
-        return [whole]
-    count = int(whole.seconds / seconds + 1 - REST)
-    starts = [i * seconds for i in range(max(1, count))]
-    return [replace(whole, start_seconds=s, seconds=min(seconds, whole.seconds - s)) for s in starts]
+def cut(whole: Piece, seconds: float, part: tuple[float, float] = (0.0, 1.0)) -> list[Piece]:
+    """A recording in pieces of a length; of what is left over, what is at least half of one.
+
+    Of one of `LONG_SECONDS` or more only a `part`, from and to these shares of it.
+    """
+    begin, end = (share * whole.seconds for share in (part if whole.seconds >= LONG_SECONDS else (0, 1)))
+    if end - begin <= seconds:
+        return [replace(whole, start_seconds=begin, seconds=end - begin)]
+    count = int((end - begin) / seconds + 1 - REST)
+    starts = [begin + i * seconds for i in range(max(1, count))]
+    return [replace(whole, start_seconds=s, seconds=min(seconds, end - s)) for s in starts]
 
 
 def _examine(path: Path) -> Sound:

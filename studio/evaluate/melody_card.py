@@ -141,6 +141,7 @@ def fit_judge(
 
 
 def listen(wave: NDArray[np.floating], rate_hz: int, judge: TimbreJudge) -> Heard:
+    """Of a mono wave (T,)."""
     track, tempo = track_pitch(wave, rate_hz), estimate_tempo(onset_envelope(wave, rate_hz))
     instrument = judge.name(timbre_features(wave, rate_hz))
     return Heard(track.cents(440.0), moves_a_second(track), tempo, instrument)
@@ -199,6 +200,7 @@ def usual_moves(tradition: str, tempo: str) -> float:
 
 
 def tempo_fits(tempo: float, fields: Fields) -> bool:
+    """Whether beats a minute, their double or half are what the fields' word means, within the slack; NaN is not."""
     low, high = TEMPI[fields.tradition][fields.tempo]
     return any(low / TEMPO_SLACK <= tempo * octave <= high * TEMPO_SLACK for octave in (0.5, 1, 2))
 
@@ -214,7 +216,8 @@ def measure_prompts(
 ) -> dict[str, Any]:
     """Marks of generated pieces, of true renderings, and by chance; half of the prompts are held-out combinations.
 
-    `modes` are those that the base was taught.
+    Of a base that is told beats and chords also `words alone`; `known` and `held out` are the halves of the generated,
+    `through the base` renderings by way of its codes or latents. `modes` are those that the base was taught.
     """
     judge, judged = fit_judge(base, seconds)
     asked, shown = [], []
@@ -316,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=sorted(TAUGHT),
         metavar="MODE",
-        help="modes that the base was taught (default: all)",
+        help="modes that the base was taught (default: all that are not left to adapters)",
     )
     options = parser.parse_args(arguments)
     from studio.terminal import outcome

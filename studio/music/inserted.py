@@ -35,7 +35,7 @@ TOLERANCE = 0.02  # of a target of parameters
 
 
 class Inserted(Patch):
-    """One bottleneck. `width` is D; the parameters' names have no dots, as files want it."""
+    """One bottleneck of width R, `bottleneck`; `shape` tells D. Parameters' names have no dots, as files want it."""
 
     def __init__(self, shape: LayerShape, bottleneck: int, dropout: float, causal: bool) -> None:
         super().__init__()

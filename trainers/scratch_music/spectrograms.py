@@ -41,8 +41,6 @@ LOUDNESS = 3.0  # the spread of log magnitudes, which brings their errors to abo
 class SpectrogramTask(MusicTask):
     """What both stages share: pieces of the base's own length, and a pipeline folder."""
 
-    networks: tuple[str, ...]
-
     def __init__(self, method: Any, base: Mustango, preset: Preset, run: Run) -> None:
         self.piece_seconds = base.longest_seconds
         super().__init__(method, base, preset, run)

@@ -83,7 +83,8 @@ SMALL_MEL: dict[str, Any] = {
     "highest_hz": 4000.0,
     "scale": "htk",  # else partials of a bass are less than two bands apart
 }
-#: No attention on the finest level, of 1280 places: a training step of 4 clips takes 0.44 s of a core so, else 2.2.
+#: No attention on the finest level, of 1280 places: a training step of 4 clips takes 0.3 to 0.5 s of a core so,
+#: else five times that.
 SMALL_MUNET: dict[str, Any] = {
     "down_block_types": (PLAIN, CROSS, CROSS),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -138,7 +138,10 @@ class Mustango(Base):
         return self.pipe.heard(self.pipe.decode_mel(latents))[:, None]
 
     def encode_signs(self, scores: Sequence[Score]) -> Condition:
-        """Ids and seconds of the beats and chords of parts of scores; their encoders run with the denoiser."""
+        """Ids and seconds of the beats and chords of parts of scores; their encoders run with the denoiser.
+
+        Shapes are as in `MustangoPipeline.encode_signs`. Raises RequestError for beats or chords that they do not know.
+        """
         return self.pipe.encode_signs(scores)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -19,12 +19,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from studio.bases.musicgen import LONGEST_TEXT
 from studio.bases.mustango.encoders import BeatEncoder, ChordEncoder  # noqa: F401  diffusers loads what is imported
 from studio.bases.mustango.mel import Mel
 from studio.bases.mustango.network import MuNet  # noqa: F401
 from studio.music.score import Score, read_score
 
-LONGEST_TEXT = 512  # tokens; T5 was trained on no more
 STEPS, GUIDANCE = 100, 3.0  # the authors' own
 
 Condition = dict[str, Tensor]
@@ -156,7 +156,10 @@ class MustangoPipeline(DiffusionPipeline):
         return {"text": text, "mask": told.attention_mask}
 
     def encode_signs(self, scores: Sequence[Score]) -> Condition:
-        """Ids and seconds of the beats and chords of parts of scores."""
+        """Of parts of scores `beats` (B, I) and `chords` (B, J, 3), ids, `beat_seconds` (B, I), `chord_seconds` (B, J).
+
+        I beats and J chords are what the encoders take. Raises RequestError for beats or chords that they do not know.
+        """
         beats = [self.beat_encoder.ids_of(score.beats or ()) for score in scores]
         chords = [self.chord_encoder.ids_of(score.timed_chords) for score in scores]
         return {

@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2PreTrainedModel
 
+from studio.bases.musicgen import LONGEST_TEXT
 from studio.errors import RequestError
 from studio.music.score import NO_CHORD, Beat, Chord, parse_chord
 
 LONGEST_BAR = 4
-LONGEST_TEXT = 512
 LAST_SECOND = 10.0  # the clips that both were trained on
 
 

@@ -142,7 +142,8 @@ PERFORMED = {name: _performed(mode) for name, mode in MAKAMS.items()}
 MODES: dict[str, dict[str, Mode]] = {"western": WESTERN, "raga": RAGAS, "makam": MAKAMS}
 
 #: What the bundled bases are never taught, so that an adapter has something to teach: of each tradition some modes, and
-#: of makams the whole kin of Hicaz, since one that is known would give the others away.
+#: of makams the whole kin of Hicaz, since one that is known would give the others away. Codec and autoencoder, which
+#: are told nothing, hear all modes.
 UNTAUGHT = frozenset({"Yaman", "Todi", "Hicaz", "Uzzal", "Zirgüleli", "Saba"})
 EVERY = frozenset(name for modes in MODES.values() for name in modes)
 TAUGHT = EVERY - UNTAUGHT

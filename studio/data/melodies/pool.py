@@ -19,7 +19,8 @@ CHUNK = 16  # pieces encoded at a time
 class MelodyPool:
     """`size` rows with their captions, of which `refresh` are drawn anew at each step, in turn.
 
-    `draw` gives the wave (1, T) and the caption of a key, `encode` turns waves (B, 1, T) into the rows that are kept.
+    `draw` gives the wave (C, T) and the caption of a key, `encode` turns waves (B, C, T) into the rows that are kept; C
+    is 1, or how many kindred pieces make one row.
     With a `cache` the first filling is kept on disk, too; `source` tells what its rows depend on beside their keys.
     """
 
