@@ -6,10 +6,10 @@ import pytest
 from studio.data.melodies.cycles import USULS
 from studio.data.melodies.modes import MAKAMS, MODES, RAGAS
 from studio.data.melodies.source import draw_melody
-from studio.evaluate.beats import cycle_correlation, estimate_tempo, f_measure, onset_envelope, onsets, same_tempo
+from studio.evaluate.beats import cycle_correlation, estimate_tempo, f_measure, onset_envelope, onsets
 from studio.evaluate.lines import mode_likelihood, moves_a_second, weights_of
 from studio.evaluate.pitch import compare_pitch, track_pitch
-from studio.evaluate.scales import chance_in_scale, in_scale_share, log_likelihood
+from studio.evaluate.scales import in_scale_share, log_likelihood
 from studio.evaluate.timbre import TimbreJudge, timbre_features
 
 RATE = 12_000
@@ -84,7 +84,6 @@ def test_a_line_on_its_degrees_is_in_its_scale_and_one_between_them_is_not():
     degrees = MODES["western"]["major"].degrees
     assert in_scale_share(np.array(degrees) + 2400, degrees) == 1
     assert in_scale_share(np.array([100.0, 300.0, 600.0]) - 1200, degrees) == 0
-    assert chance_in_scale(degrees, 25) == pytest.approx(7 * 51 / 1200, abs=1e-9)
     assert np.isnan(in_scale_share(np.empty(0), degrees))
     assert np.isnan(log_likelihood(np.empty(0), degrees))
 
@@ -117,7 +116,9 @@ def test_pieces_are_told_by_their_scales():
 def test_the_tempo_and_the_beats_of_clicks_are_found(tempo):
     times = np.arange(0.2, 7.5, 60 / tempo)
     envelope = onset_envelope(clicks(times, 8.0), RATE)
-    assert same_tempo(estimate_tempo(envelope), tempo)
+    octaves = np.log2(estimate_tempo(envelope) / tempo)  # half and double are easily taken for each other
+    assert abs(octaves - round(octaves)) < 0.09
+    assert abs(octaves) < 1.1
     assert f_measure(onsets(envelope), times) > 0.95
     assert f_measure(onsets(envelope), times + 30 / tempo, tolerance=0.05) < 0.1
 

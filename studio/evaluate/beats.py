@@ -60,11 +60,6 @@ def estimate_tempo(envelope: Array) -> float:
     return float(tempi[int(np.argmax(np.maximum(folded, 0) * prior))])
 
 
-def same_tempo(tempo: float, truth: float, tolerance: float = 0.06) -> bool:
-    """Whether two tempi agree, or are half or double of each other, to a fraction."""
-    return any(abs(tempo * factor / truth - 1) <= tolerance for factor in (0.5, 1.0, 2.0))
-
-
 def f_measure(found: Sequence[float] | Array, truth: Sequence[float] | Array, tolerance: float = TOLERANCE) -> float:
     """Harmonic mean of precision and recall of times within the tolerance, each matched once; 0 where none is."""
     waiting = sorted(truth)

@@ -23,12 +23,6 @@ def in_scale_share(cents: Array, degrees: Sequence[float], tolerance: float = TO
     return float((_distances(cents, degrees).min(1) <= tolerance).mean())
 
 
-def chance_in_scale(degrees: Sequence[float], tolerance: float = TOLERANCE) -> float:
-    """The share of the octave that counts as in the scale: what a line anywhere would have."""
-    places = np.arange(0, OCTAVE, 1.0)
-    return in_scale_share(places, degrees, tolerance)
-
-
 def log_likelihood(cents: Array, degrees: Sequence[float], weights: Sequence[float] | None = None) -> float:
     """Mean log density per frame, in nats per cent: Gaussians at the degrees, and a floor. NaN without frames.
 

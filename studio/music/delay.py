@@ -8,7 +8,6 @@ B batch, K codebooks, F frames, S steps, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,13 +22,6 @@ def delayed(codes: Tensor, pad: int) -> tuple[Tensor, Tensor]:
         labels[:, k, k : k + frames] = codes[:, k]
     inputs = F.pad(labels[..., :-1], (1, 0), value=IGNORED)
     return inputs.masked_fill(inputs == IGNORED, pad), labels
-
-
-def undelayed(tokens: Tensor) -> Tensor:
-    """Codes (B, K, F) of what `delayed` laid out, (B, K, S): its inverse on labels."""
-    codebooks, steps = tokens.shape[1:]
-    frames = steps - codebooks + 1
-    return torch.stack([tokens[:, k, k : k + frames] for k in range(codebooks)], 1)
 
 
 def token_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

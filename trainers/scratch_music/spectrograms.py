@@ -169,7 +169,7 @@ class DenoiserTask(SpectrogramTask):
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(self.base.device)
         clean = latents.to(self.base.device)
         noisy, target = objective.noised(clean, noise, times), objective.target(clean, noise, times)
-        condition = _encoded(pipe, scores)
+        condition = pipe.encode_scores(scores)
         error = self.base.predict(noisy, objective.network_time(times), condition).float() - target
         loss = error.square().mean((1, 2, 3))
         if self.preset.min_snr_gamma:
@@ -197,11 +197,3 @@ class DenoiserTask(SpectrogramTask):
             request = Request([prompt], [column], steps=self.preset.sample_steps, seconds=self.preset.sample_seconds)
             yield save_sample(self.run, self.base.generate(request)[0], step, column, prompt, column)
         self._train_mode(True)
-
-
-def _encoded(pipe: Any, scores: list[Any]) -> dict[str, Tensor]:
-    """What `encode_scores` gives, with gradients into the text encoder."""
-    words = pipe.tokenizer([score.text for score in scores], padding=True, truncation=True, return_tensors="pt")
-    words = words.to(pipe.text_encoder.device)
-    text = pipe.text_encoder(input_ids=words.input_ids, attention_mask=words.attention_mask)[0]
-    return {"text": text, "mask": words.attention_mask, **pipe.encode_signs(scores)}
