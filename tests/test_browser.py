@@ -17,8 +17,10 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from soundfile import write as write_sound
 
 pytest.importorskip("gradio", reason="the browser pages need gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
@@ -146,7 +148,7 @@ def begin(page, name, pictures):
     for key, text in {"sample-every": "10", "sample-steps": "2", "sample-prompts": "a {trigger}\na dog"}.items():
         fill(page, key, text)
     page.uncheck("[data-edit=export][data-option=diffusers]")  # exported below, with its proof to be seen
-    open_part(page, "Pictures and captions")
+    open_part(page, "Data and captions")
     fill(page, "data-prior-pictures", "0")
     open_part(page, "Length, speed, precision")
     for key, text in {"batch-size": "1", "sketches": "0"}.items():
@@ -302,6 +304,7 @@ def test_a_picture_is_drawn_by_regions_restored_and_swept(server, tab):
 
 
 WIDTH = "picture => picture.decode().then(() => picture.naturalWidth)"  # once it has come
+SECONDS = "sound => new Promise(done => { sound.onloadedmetadata = () => done(sound.duration); sound.load(); })"
 
 
 def asking(page, medium, field, prompt):
@@ -343,11 +346,9 @@ def test_a_melody_is_made_and_can_be_heard_and_seen(server, tab):
     page.click("#generate-audio")
     panel.locator(".works:not(.small) audio").first.wait_for()
     assert panel.locator("img[alt='waveform']").first.evaluate(WIDTH) > 0
+    assert panel.locator("img[alt^='spectrogram']").first.evaluate(WIDTH) > 0
     assert panel.locator("img.pitch").count() == 0  # no mode is named
-    duration = panel.locator("audio").first.evaluate(
-        "sound => new Promise(done => { sound.onloadedmetadata = () => done(sound.duration); sound.load(); })"
-    )
-    assert duration == pytest.approx(1, abs=0.1)
+    assert panel.locator("audio").first.evaluate(SECONDS) == pytest.approx(1, abs=0.1)
 
 
 def test_a_base_that_hears_beats_and_chords_is_told_them(server, tab):
@@ -364,6 +365,33 @@ def test_a_base_that_hears_beats_and_chords_is_told_them(server, tab):
     panel.locator(".works:not(.small) audio").first.wait_for()
     assert panel.locator("img.pitch").first.evaluate(WIDTH) > 0
     assert "| beats: 90 bpm 3/4 | chords: Dm" in panel.locator(".works:not(.small) figcaption").first.inner_text()
+
+
+def test_recordings_teach_a_base_of_music_and_its_samples_can_be_heard(server, tab, tmp_path):
+    server.wait()
+    for pitch in (220, 330):
+        write_sound(tmp_path / f"{pitch}.wav", np.sin(np.arange(12_000) * 2 * np.pi * pitch / 12_000) / 2, 12_000)
+    page = tab()
+    page.locator(".card[data-click=raga]").click()
+    page.wait_for_selector("text=Drop recordings here")
+    page.locator("input[type=file]").first.set_input_files([str(path) for path in sorted(tmp_path.glob("*.wav"))])
+    page.wait_for_selector("text=2 recordings")
+    fill(page, "title", "Tones")
+    fill(page, "steps", "2")
+    open_part(page, "Advanced")
+    open_part(page, "Samples, checkpoints, export")
+    for key, text in {"sample-every": "2", "sample-seconds": "0.5", "sample-prompts": "{trigger} music"}.items():
+        fill(page, key, text)
+    open_part(page, "Data and captions")
+    for key, text in {"data-seconds": "1", "data-validation": "0"}.items():
+        fill(page, key, text)
+    page.click("#start")
+    page.wait_for_selector(".run-head:has-text('tones'):has-text('finished')")
+    players = page.locator(".grid td.sound audio")
+    players.nth(1).wait_for()
+    assert players.count() == 2  # the base, and step 2
+    assert players.last.evaluate(SECONDS) == pytest.approx(0.5, abs=0.05)
+    assert (server.home / "library" / "tones.safetensors").exists()
 
 
 def test_two_concepts_are_merged_compared_and_kept(server, tab):

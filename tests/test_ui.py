@@ -12,6 +12,9 @@ import pytest
 from PIL import Image
 
 from studio import jobs, library
+from studio.data.animations import AnimationSet
+from studio.data.pictures import PictureSet
+from studio.data.recordings import SoundSet
 from studio.drawing import Engine
 from studio.errors import AdapterError, PresetError, RequestError, StudioError
 from studio.files import write_atomically
@@ -826,12 +829,14 @@ def test_another_host_needs_a_password_that_nobody_else_can_read(tmp_path):
 
 def test_text_from_outside_is_never_markup(finished_run):
     assert "<img" not in pieces.text("<img src=x onerror=alert(1)>")
-    assert "<script" not in brought.report_of(
-        {
-            "pictures": 1, "left out": ["'<script>.png' is none"], "minutes in all, about": 1, "peak memory GiB": 1,
-            "trained numbers": 3, "warning": [], "export": [],
-        }
-    )  # fmt: skip
+    told = {
+        "left out": ["'<script>.png' is none"], "minutes in all, about": 1, "peak memory GiB": 1, "trained numbers": 3,
+        "warning": [], "export": [],
+    }  # fmt: skip
+    for noun in (PictureSet.noun, AnimationSet.noun, SoundSet.noun):
+        said = brought.report_of({noun: 17, **told})
+        assert "<script" not in said
+        assert f"<dt>{noun}</dt><dd>17</dd>" in said
 
 
 def test_what_a_page_does_when_opened_happens_once_and_never_over_what_was_typed(home):

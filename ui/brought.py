@@ -111,7 +111,7 @@ def report_of(report: dict[str, Any]) -> str:
     """A check in sentences."""
     if not report:
         return ""
-    count = [(noun, report[noun]) for noun in ("pictures", "clips", "recordings", "sounds") if noun in report]
+    count = [(noun, report[noun]) for noun in ("pictures", "clips", "pieces of sound") if noun in report]
     facts = [
         *count, ("left out", len(report["left out"])),
         ("time, about", pieces.duration(report["minutes in all, about"] * 60)),

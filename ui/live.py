@@ -101,8 +101,8 @@ def _facts(trace: Trace, state: str) -> list[tuple[str, str]]:
 SENTENCES = {
     "queued": "Waits until the trainings before it are over.",
     "starting": "Starting: the base is being loaded.",
-    "preparing": "Preparing: pictures are encoded and first samples drawn. The first step follows.",
-    "paused": "Pauses while a picture is drawn, and goes on by itself.",
+    "preparing": "Preparing: all that it learns from is encoded, and first samples are made. The first step follows.",
+    "paused": "Pauses while something is generated, and goes on by itself.",
     "stopping": "Stopping: a checkpoint is being saved.",
     "stopped": "Stopped. Everything is saved; it can be resumed.",
     "broken off": "Its process ended without a word, perhaps for lack of memory. Resume it from its last checkpoint.",

@@ -23,7 +23,7 @@ MADE_BY_THE_STUDIO = ("Stickers:", "Melodies:", "Moving stickers:")  # settings 
 OF_MEDIUM = {"Sounds:": "audio", "Clips:": "video"}
 OTHER = "another"  # a base that the list has not
 GROUPS = {
-    "Pictures and captions": lambda key: key.startswith("data."),
+    "Data and captions": lambda key: key.startswith("data."),
     "Samples, checkpoints, export": lambda key: key.startswith(("sample_", "checkpoint", "validate_", "export")),
     "Length, speed, precision": lambda key: True,
 }
