@@ -60,7 +60,7 @@ class Data(_Settings):
     resolution: int | None = Field(None, ge=16, le=8192, description="Side in pixels. Default: the base's own.")
     caption: str = Field(
         "{trigger}",
-        description="Caption of pictures that have none beside them; {trigger} and {class} are filled in.",
+        description="Caption of what has none beside it; {trigger} and {class} are filled in.",
     )
     trigger: str = Field("", description="The word that calls the concept. Default: made from the name.")
     class_word: str = Field("", description="What kind of thing it is, for {class}: dog, cup, style ...")

@@ -481,6 +481,9 @@ def test_beats_and_chords_are_asked_for_where_the_base_hears_them(tmp_path):
     assert order.request_of(hearing)["prompt"] == "a tune | beats: 90 bpm 3/4 | chords: Dm A7"
     without = order.changed(hearing, {"beats": "", "chords": ""})
     assert order.request_of(without)["prompt"] == "a tune"
+    made = {"prompt": "a tune", "negative": "noise", "steps": 2, "seconds": 0.5, "base": str(tmp_path / "mustango")}
+    again = order.request_of(order.restored(deaf, made)[0])
+    assert {name: again[name] for name in made} == made
 
 
 def test_a_spectrogram_shows_a_tone_at_its_height_and_a_waveform_its_loudness(tmp_path):

@@ -52,7 +52,7 @@ SIGNS = (
 KNOBS = {
     "image": (NEGATIVE, STEPS, GUIDANCE, *SIZE),
     "video": (NEGATIVE, STEPS, GUIDANCE, *SIZE),
-    "audio": (STEPS, GUIDANCE),
+    "audio": (NEGATIVE, STEPS, GUIDANCE),
 }
 FIRST = {"image": (), "video": CLIP, "audio": (SECONDS,)}  # knobs that are not under Advanced
 
@@ -294,7 +294,8 @@ def _advanced(order: Order) -> str:
     parts += [fields.control(knob, order.shown(knob)) for knob in KNOBS[order.medium]]
     wait = Field("wait", "bool", "Else it is paused for each one, and the page says so.")
     parts.append(fields.checkbox("wait", "Wait while something trains", bool(order.get("wait", False)), wait.hint))
-    return fields.more(f"advanced-{order.medium}", "Advanced: base, steps, guidance, size", fields.row(*parts))
+    size = "" if order.medium == "audio" else ", size"
+    return fields.more(f"advanced-{order.medium}", f"Advanced: base, steps, guidance{size}", fields.row(*parts))
 
 
 def _sweep(order: Order) -> str:
