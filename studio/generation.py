@@ -123,6 +123,24 @@ def missing_triggers(prompt: str, uses: Sequence[Use]) -> list[str]:
     ]
 
 
+def remarks_on(prompt: str, uses: Sequence[Use], base: Base) -> list[str]:
+    """What may be wrong with a prompt: triggers that it lacks, words that a base of few words has not learned."""
+    return [*missing_triggers(prompt, uses), *_strange_to(base, prompt, uses)]
+
+
+def _strange_to(base: Base, prompt: str, uses: Sequence[Use]) -> list[str]:
+    from studio.bases.melody import speaks_of_melodies
+    from studio.data.melodies.fields import strange_words
+    from studio.music.score import read_score
+
+    if base.medium != "audio" or not speaks_of_melodies(base):
+        return []
+    triggers = {word for use in uses for word in use.adapter.card.trigger.split(", ")}
+    words = [word for word in read_score(prompt).text.split() if word not in triggers]
+    found = strange_words(" ".join(words))
+    return [f"'{base.name}' has not learned {', '.join(found)}"] if found else []
+
+
 def facts_of(request: Request, index: int, base: Base, uses: Sequence[Use]) -> dict:
     """What a picture's metadata says of its making; enough to draw it again."""
     return {

@@ -135,7 +135,7 @@ class Worker:
 
     def draw(self, request: dict[str, Any]) -> None:
         """Raises StudioError for what cannot be drawn, Cancelled."""
-        from studio.generation import missing_triggers, parse_use
+        from studio.generation import parse_use, remarks_on
 
         cells = cells_of(request)
         parsed = functools.cache(parse_use)
@@ -148,7 +148,7 @@ class Worker:
         for texts, alike in itertools.groupby(cells, lambda cell: cell["adapters"]):
             uses = [parsed(text) for text in texts]
             with _worn(base, layout, uses, request) as warnings:
-                lacking = [] if "cells" in request else missing_triggers(request["prompt"], uses)
+                lacking = [] if "cells" in request else remarks_on(request["prompt"], uses, base)
                 for warning in (*warnings, *lacking):
                     if warning not in told:
                         self.say(request, warning=warning)

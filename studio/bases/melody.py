@@ -112,3 +112,8 @@ def melody_tokenizer(words: Sequence[str]) -> Any:
     pieces += [(piece, -1.0) for piece in whole] + [("▁", -10.0)]
     pieces += [(letter, -10.0) for letter in [*letters, *map(str, range(10)), ",", ".", "-"] if letter]
     return T5Tokenizer(vocab=list(dict.fromkeys(pieces)), extra_ids=0)
+
+
+def speaks_of_melodies(base: Any) -> bool:
+    """Whether the words of the melody world are words to a base, as to the bundled ones."""
+    return len(base.pipe.tokenizer("makam hicaz").input_ids) == 3  # two words and the end

@@ -59,7 +59,7 @@ def generate(
     """
     from studio.base import Request
     from studio.bases.registry import load_base
-    from studio.generation import free_paths, given_frames, missing_triggers, parse_use, wearing, works_of
+    from studio.generation import free_paths, given_frames, parse_use, remarks_on, wearing, works_of
     from studio.regions.drawing import drawing
 
     width, height = _parse_size(size)
@@ -78,7 +78,7 @@ def generate(
     pictures = given_frames(given or (), loaded, frames, fps, loop)
     worn = drawing(loaded, layout, uses, (width, height)) if layout else wearing(loaded, uses)
     with worn as warnings, CountProgress("drawing", count) as progress:
-        for warning in (*warnings, *missing_triggers(prompt, uses), *(called.warnings if called else ())):
+        for warning in (*warnings, *remarks_on(prompt, uses, loaded), *(called.warnings if called else ())):
             say(f"warning: {warning}", style="yellow")
         for number, path in enumerate(paths):
             request = Request([prompt], [seed + number], negative, steps, guidance, width, height, seconds)

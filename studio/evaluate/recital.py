@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from studio.base import Request
+from studio.bases.melody import speaks_of_melodies
 from studio.data.cache import Cache
 from studio.data.listing import list_folder
 from studio.data.melodies.composing import tonic_of
@@ -158,11 +159,6 @@ def known_prompts(base: Any, seed: int) -> list[Asked]:
         return []
     drawn = [draw_fields(numpy_generator("known", seed, i), ("western",)) for i in range(KNOWN_PROMPTS)]
     return [Asked(caption_of(f, numpy_generator("known prompt", seed, i)), f) for i, f in enumerate(drawn)]
-
-
-def speaks_of_melodies(base: Any) -> bool:
-    """Whether the words of the melody world are words to a base, as to the bundled ones."""
-    return len(base.pipe.tokenizer("makam hicaz").input_ids) == 3  # two words and the end
 
 
 def _alone(base: Any, prompts: list[str], playing: Playing, cache: Cache, report: Callable[[int], None]) -> list[Sound]:

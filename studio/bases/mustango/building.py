@@ -228,7 +228,7 @@ def pico(seed: int = 0) -> Mustango:
 def melody_diffusion(words: Sequence[str], seed: int = 0) -> Mustango:
     """The blueprint of the bundled base `melody-diffusion`: random, of clips of 4.1 seconds at 8 kHz.
 
-    `words` are those of its captions. It has no vocoder: Griffin-Lim costs no weights. Its noise ends in pure noise and
+    `words` are those of its captions. It has no vocoder, which would be weights. Its noise ends in pure noise and
     is sampled in few steps, as for the base `sticker`.
     """
     from diffusers import DDIMScheduler
@@ -246,7 +246,7 @@ def melody_diffusion(words: Sequence[str], seed: int = 0) -> Mustango:
         # One word among a dozen is faint and attention even, where the text encoder is not one that was taught to read.
         torch.nn.init.constant_(networks["text_encoder"].encoder.final_layer_norm.weight, WORDS_LOUDER)
         scheduler = DDIMScheduler(**SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-        told: dict[str, Any] = {"beat_counts": 18, "scheduler": scheduler, "steps": 25}
+        told: dict[str, Any] = {"beat_counts": 18, "scheduler": scheduler, "steps": 25, "lower_case": True}
         return assembled("melody-diffusion", networks, SMALL_MEL, 256, "Apache-2.0", **told)
 
 

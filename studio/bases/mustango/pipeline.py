@@ -40,7 +40,8 @@ class MustangoOutput(BaseOutput):
 class MustangoPipeline(DiffusionPipeline):
     """`mel` holds the fields of a Mel; `clip_frames` is how many of its frames the networks were trained on.
 
-    `steps` is how many sampling steps are taken where none are asked for.
+    `steps` is how many sampling steps are taken where none are asked for. `lower_case`: texts are read so, where the
+    tokenizer has no capitals.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -64,6 +65,7 @@ class MustangoPipeline(DiffusionPipeline):
         mel: dict[str, Any] | None = None,
         clip_frames: int = 1024,
         steps: int = STEPS,
+        lower_case: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -80,7 +82,7 @@ class MustangoPipeline(DiffusionPipeline):
             chord_predictor=chord_predictor,
             chord_tokenizer=chord_tokenizer,
         )
-        self.register_to_config(mel=mel or {}, clip_frames=clip_frames, steps=steps)
+        self.register_to_config(mel=mel or {}, clip_frames=clip_frames, steps=steps, lower_case=lower_case)
         self.spectrogram = Mel(**(mel or {}))
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -150,7 +152,8 @@ class MustangoPipeline(DiffusionPipeline):
     def encode_text(self, texts: Sequence[str]) -> Condition:
         """`text` (B, L, D) and `mask` (B, L)."""
         longest = min(LONGEST_TEXT, self.tokenizer.model_max_length)
-        told = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        texts = [text.lower() if self.config.lower_case else text for text in texts]
+        told = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         told = told.to(self.text_encoder.device)
         text = self.text_encoder(input_ids=told.input_ids, attention_mask=told.attention_mask)[0]
         return {"text": text, "mask": told.attention_mask}

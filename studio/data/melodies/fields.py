@@ -205,6 +205,15 @@ def misspelt_mode(text: str) -> str:
     return ""
 
 
+def strange_words(text: str) -> list[str]:
+    """What no caption of this world has, with the word that was perhaps meant: "'yamn' (yaman?)"."""
+    known = {fold(word): word for word in vocabulary()}
+    words = dict.fromkeys(word.strip(",.;:!?") for word in text.split())
+    strange = [word for word in words if fold(word) not in {*known, ""}]
+    near = [difflib.get_close_matches(fold(word), known, 1, ALIKE) for word in strange]
+    return [f"'{word}'" + "".join(f" ({known[n]}?)" for n in found) for word, found in zip(strange, near, strict=True)]
+
+
 def told_by_fields(row: Mapping[str, object], where: str) -> str:
     """The caption of a row of metadata by its fields, as far as it has any: "slow raga yaman on a sitar in teental".
 
