@@ -162,6 +162,14 @@ def test_mp3_is_read_as_it_sounds(tmp_path):
     assert float(wave.std()) == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
 
 
+def test_a_misspelt_mode_in_captions_is_told_once(tmp_path):
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / f"{name}.wav", tone(110 + ord(name), 0.5), RATE)
+        (tmp_path / f"{name}.txt").write_text("a slow makam hicazz" if name != "c" else "a slow makam hicaz")
+    told = scan_recordings(tmp_path, Data(), {"trigger": "x", "class": ""}).report.warnings
+    assert told == ["the caption of 'a.wav' and 1 more has 'hicazz' (Hicaz?)"]
+
+
 def test_of_long_recordings_a_part_is_used(tmp_path):
     for name, seconds in (("long", 100), ("short", 30)):
         soundfile.write(tmp_path / f"{name}.wav", np.sin(np.arange(seconds * 1600) / 3).astype("float32") / 2, 1600)

@@ -90,6 +90,7 @@ def scan_recordings(
     dropped: list[tuple[str, str]] = []
     warnings: list[str] = []
     uncaptioned: list[str] = []
+    misspelt: dict[str, list[str]] = {}
     for number, path in enumerate(listing.sounds):
         progress(number, len(listing.sounds))
         name, own = listing.name(path), captions.own(path)
@@ -101,8 +102,8 @@ def scan_recordings(
         warnings += _remarks(name, sound)
         if not own:
             uncaptioned.append(name)
-        if misspelt := misspelt_mode(own):
-            warnings.append(f"the caption of '{name}' has {misspelt}")
+        if found := misspelt_mode(own):
+            misspelt.setdefault(found, []).append(name)
         whole = Piece(path, name, own or captions.template, sha256_of(path), 0.0, sound.seconds)
         recordings.append(cut(whole, data.seconds, data.part))
     progress(len(listing.sounds), len(listing.sounds))
@@ -113,6 +114,9 @@ def scan_recordings(
         warnings.append(
             f"{len(uncaptioned)} of {len(recordings)} have no caption of their own: '{uncaptioned[0]}', ..."
         )
+    for found, names in misspelt.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.append(f"the caption of '{names[0]}'{more} has {found}")
     kept, held_out, copies = _hold_out(recordings, data.validation)
     lengths = Counter(f"{piece.seconds:.1f} s" for piece in kept)
     report = Report(
