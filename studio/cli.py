@@ -174,12 +174,15 @@ def _finished(training: Any, facts: dict[str, Any], as_json: bool) -> None:
     for target, path in facts.get("exports", {}).items():
         out.print(f"  {target + ' export:':<18}{path}", soft_wrap=True, markup=False)
     if training.card is not None:
+        from shlex import quote
+
         from studio.data.captions import put_words
 
         words = {"trigger": training.card.trigger, "class": training.card.class_word}
+        words["caption"] = getattr(training.pictures, "example", "")
         prompt = put_words(next(iter(training.preset.sample_prompts), "{trigger}"), words)
         out.print(
-            f'  {"try it:":<18}studio generate "{prompt}" --adapter {training.name}', soft_wrap=True, markup=False
+            f"  {'try it:':<18}studio generate {quote(prompt)} --adapter {training.name}", soft_wrap=True, markup=False
         )
 
 

@@ -1,4 +1,4 @@
-"""Loss curves as SVG: faint as measured, strong smoothed, dots for held-out pictures. No script, no library.
+"""Loss curves as SVG: faint as measured, strong smoothed, dots for held-out data. No script, no library.
 
 Colours are the CSS variables `--curve`, `--curve-2`, ... and `--soft`, which the page around it gives.
 """
@@ -130,7 +130,7 @@ def _spoken(curves: Sequence[Curve], weight: float) -> str:
 
 
 def _legend(curves: Sequence[Curve]) -> str:
-    dots = " Dots: held-out pictures." if any(curve.validations for curve in curves) else ""
+    dots = " Dots: held-out data." if any(curve.validations for curve in curves) else ""
     if len(curves) == 1:
         return f"<p>Faint: each step. Strong: smoothed.{dots}</p>"
     names = "".join(

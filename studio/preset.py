@@ -184,7 +184,11 @@ class Preset(Schedule):
         description="Directions of each layer's inputs that the adapter's file tells of, for merging without base and "
         "data. They come from generated pictures. 0: none.",
     )
-    sample_prompts: tuple[str, ...] = Field(("{trigger}",), description="What to draw during training.")
+    sample_prompts: tuple[str, ...] = Field(
+        ("{trigger}",),
+        description="What to make during training. {trigger} and {class} are filled in, of music {caption}, too: "
+        "that of a recording, one that is held out if any is.",
+    )
     sample_steps: int | None = Field(None, ge=1, description="Sampling steps of those pictures.")
     sample_seconds: float | None = Field(None, gt=0, description="Length of those sounds. Default: the base's own.")
     export: tuple[Literal["diffusers", "kohya", "peft", "diff", "checkpoint"], ...] = Field(

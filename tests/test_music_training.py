@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from shlex import quote
 
 import numpy as np
 import pytest
@@ -305,6 +306,18 @@ def test_train_and_generate_at_the_command_line(recipe, recordings, folder_of_mu
     assert facts_in(out)["adapters"][0]["weight"] == 0.5
     assert studio(["generate", "a tune", "--base", str(folder_of_musicgen), "--out", str(tmp_path / "a.png")]) == 2
     assert "cannot write sounds as '.png'" in capsys.readouterr().err
+
+
+def test_samples_on_the_way_are_of_what_is_taught_and_the_adapter_does_not_tell(recipe, recordings, tmp_path, capsys):
+    run = tmp_path / "run"
+    changes = ["sample_prompts=['{caption}']", "data.validation=1", "sample_every=2", "steps=2"]
+    request = ["train", "--preset", recipe, "--run", str(run), "--name", "tune"]
+    assert studio(request + [part for change in changes for part in ("--set", change)]) == 0
+    found = scan_recordings(recordings, Data(seconds=0.5, validation=1), {"trigger": "tune", "class": ""})
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["prompt"] for e in events if e["kind"] == "sample"] == [found.held_out[0].caption] * 2
+    assert f"studio generate {quote(found.held_out[0].caption)} --adapter tune" in capsys.readouterr().out
+    assert load_adapter(run / "adapter.safetensors").card.preset["sample_prompts"] == ["{caption}"]
 
 
 def test_check_rehearses_training_and_export(recipe, capsys):

@@ -61,6 +61,11 @@ class SoundSet:
     def count(self) -> int:
         return len(self.pieces)
 
+    @property
+    def example(self) -> str:
+        """A caption, of what is held out if anything is."""
+        return (self.held_out or self.pieces)[0].caption
+
     def with_captions(self, change: Callable[[str], str]) -> SoundSet:
         """The same sounds under other captions."""
 

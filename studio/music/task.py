@@ -60,6 +60,9 @@ class SoundTraining(AdapterTraining):
         self.encodes_in_loop = any(name.startswith(self.text_encoder) for name in self.sites)
         self.conditions: dict[str, Condition] = {}
 
+    def _fill(self, text: str) -> str:
+        return super()._fill(text.replace("{caption}", self.sounds.example))
+
     @abstractmethod
     def encode(self, piece: Piece) -> Example:
         """A piece as it is trained on, by the cache."""
