@@ -136,7 +136,8 @@ def _strange_to(base: Base, prompt: str, uses: Sequence[Use]) -> list[str]:
     if base.medium != "audio" or not speaks_of_melodies(base):
         return []
     triggers = {word for use in uses for word in use.adapter.card.trigger.split(", ")}
-    words = [word for word in read_score(prompt).text.split() if word not in triggers]
+    text = read_score(prompt).text if hasattr(base, "encode_signs") else prompt  # beats and chords are no words
+    words = [word for word in text.split() if word not in triggers]
     found = strange_words(" ".join(words))
     return [f"'{base.name}' has not learned {', '.join(found)}"] if found else []
 

@@ -310,8 +310,8 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["mine.wav"]
 
 
-def test_a_folder_broken_off_is_as_empty_as_it_was(tmp_path, monkeypatch, capsys):
-    asked = ["--out", str(tmp_path / "new"), "--count", "3", "--seconds", "1"]
+def test_a_folder_broken_off_is_not_there(tmp_path, monkeypatch, capsys):
+    asked = ["--out", str(tmp_path / "a" / "new"), "--count", "3", "--seconds", "1"]
     drawn = iter(range(3))
 
     def broken_off(*args, **kwargs):
@@ -322,6 +322,17 @@ def test_a_folder_broken_off_is_as_empty_as_it_was(tmp_path, monkeypatch, capsys
     with monkeypatch.context() as patched:
         patched.setattr("studio.data.melodies.folder.draw_melody", broken_off)
         assert write_melodies(asked) == 130
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list((tmp_path / "a").iterdir()) == []
     assert "broken off" in capsys.readouterr().err
     assert write_melodies(asked) == 0
+    assert len(list((tmp_path / "a" / "new").iterdir())) == 4
+
+
+@pytest.mark.parametrize(("out", "code"), [("taken", 2), ("taken/new", 1)])
+def test_a_file_in_the_way_of_a_folder_is_told(out, code, tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert write_melodies(["--out", str(tmp_path / out), "--count", "1", "--seconds", "1"]) == code
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert out in told
+    assert (tmp_path / "taken").read_text() == "mine"

@@ -45,6 +45,9 @@ def test_words_that_a_base_has_not_learned_are_told(name, tmp_path, capsys):
     assert f"'{name}' has not learned 'yamn' (yaman?), 'banjo'" in " ".join(capsys.readouterr().err.split())
     assert studio(["generate", "A calm melody in C sharp major on a flute.", *asked, "--force"]) == 0
     assert "warning" not in capsys.readouterr().err
+    assert studio(["generate", "a calm melody | beats: 90 bpm", *asked, "--force"]) == 0
+    deaf = name == "melody"  # to which beats are words
+    assert ("has not learned 'beats', '90', 'bpm'" in " ".join(capsys.readouterr().err.split())) == deaf
 
 
 def test_the_codec_of_melody_keeps_lines_and_their_pitch():

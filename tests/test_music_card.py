@@ -213,7 +213,7 @@ def test_a_mode_is_known_in_any_spelling_and_a_misspelt_one_is_told():
     assert mode_in("a tune in d Minor").name == "minor"
     assert mode_in("makam nihavend").name == "Buselik"
     assert mode_in("a drum") is None
-    assert misspelt_mode("a slow makam hicazz") == "'hicazz' (Hicaz?)"
+    assert misspelt_mode("a slow makam hicazz") == "'hicazz', perhaps for 'Hicaz'"
     assert misspelt_mode("raga yaman on a sitar") == misspelt_mode("raga hamsadhwani") == misspelt_mode("a raga") == ""
 
 

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from trainings import run_and_find_the_base_unchanged
 
 from studio.adapter import Card, load_adapter, new_adapter
 from studio.base import Request
@@ -168,7 +169,7 @@ def test_a_misspelt_mode_in_captions_is_told_once(tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", tone(110 + ord(name), 0.5), RATE)
         (tmp_path / f"{name}.txt").write_text("a slow makam hicazz" if name != "c" else "a slow makam hicaz")
     told = scan_recordings(tmp_path, Data(), {"trigger": "x", "class": ""}).report.warnings
-    assert told == ["the caption of 'a.wav' and 1 more has 'hicazz' (Hicaz?)"]
+    assert told == ["the caption of 'a.wav' and 1 more has 'hicazz', perhaps for 'Hicaz'"]
 
 
 def test_of_long_recordings_a_part_is_used(tmp_path):
@@ -218,15 +219,7 @@ def test_a_resumed_training_equals_one_that_went_through(recipe, tmp_path):
 
 
 def test_a_training_leaves_every_value_of_the_base_as_it_was(recipe, tmp_path):
-    training = plan(Order(recipe, run=tmp_path / "run", name="tune", settings=BUSY))
-    whole = torch.nn.ModuleDict(training.base.modules)
-    before = {name: value.clone() for name, value in whole.state_dict().items()}
-    collect(training)
-    learned = load_adapter(tmp_path / "run" / "adapter.safetensors")
-    assert all(terms["main"].up.any() for terms in learned.patches.values())
-    after = whole.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+    run_and_find_the_base_unchanged(plan(Order(recipe, run=tmp_path / "run", name="tune", settings=BUSY)))
 
 
 def test_samples_are_sounds_and_row_0_is_the_base(recipe, tmp_path, folder_of_musicgen):

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from trainings import run_and_find_the_base_unchanged
 
 from studio.adapter import Card, load_adapter, new_adapter
 from studio.attachment import attach
@@ -266,15 +267,7 @@ def test_a_resumed_training_equals_one_that_went_through(recipe, tmp_path):
 
 
 def test_a_training_leaves_every_value_of_the_base_as_it_was(recipe, tmp_path):
-    training = plan(Order(recipe, run=tmp_path / "run", name="tune", settings=BUSY))
-    whole = torch.nn.ModuleDict(training.base.modules)
-    before = {name: value.clone() for name, value in whole.state_dict().items()}
-    collect(training)
-    learned = load_adapter(tmp_path / "run" / "adapter.safetensors")
-    assert all(terms["main"].up.any() for terms in learned.patches.values())
-    after = whole.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+    run_and_find_the_base_unchanged(plan(Order(recipe, run=tmp_path / "run", name="tune", settings=BUSY)))
 
 
 def test_train_and_generate_at_the_command_line(recipe, folder_of_mustango, tmp_path, capsys):

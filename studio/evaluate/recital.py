@@ -28,6 +28,7 @@ from studio.data.sounds import Sound, UnusableSound, facts_in, read_sound
 from studio.errors import DataError
 from studio.generation import Use, wearing
 from studio.keyed import key_of, numpy_generator
+from studio.music.score import read_score
 
 Progress = Callable[[int, int], None]  # sounds so far, sounds in all
 
@@ -94,7 +95,7 @@ class Recital:
 def read_recordings(
     folder: Path, base: Any, playing: Playing, template: str, words: tuple[str, str]
 ) -> list[Recording]:
-    """Up to twice as many as are played, spread over the folder. Raises DataError."""
+    """Up to twice as many as are played, spread over the folder. Raises DataError, RequestError."""
     listing = list_folder(folder)
     captions = sound_captions(listing, template, {"trigger": words[0], "class": words[1]})
     wanted = 2 * playing.count
@@ -109,6 +110,7 @@ def read_recordings(
         except UnusableSound as reason:
             raise DataError(f"'{listing.name(path)}' {reason}") from None
         caption = captions.own(path) or captions.template
+        read_score(caption)  # raises for beats and chords that make no sense, before anything is played
         found.append(Recording(caption, fields_in(facts_in(path)), sound=sound))
     return found
 

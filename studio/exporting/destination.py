@@ -17,11 +17,14 @@ from studio.files import disk_error
 REPORT_NAME = "export.json"  # in every exported folder; by it `--force` knows what it may replace
 
 
+def is_free(out: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not any(out.iterdir()) if out.is_dir() else not (out.exists() or out.is_symlink())
+
+
 def refuse_existing(out: Path, force: bool) -> None:
     """Raises RequestError if `out` is there: always, or with `force` if it is no export that may be replaced."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_dir() and not any(out.iterdir()):
+    if is_free(out):
         return
     if not force:
         raise RequestError(f"'{out}' is already there", "choose another --out, or add --force to replace it")

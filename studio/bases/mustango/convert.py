@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.errors import BaseError, RequestError, reason_of
+from studio.exporting.destination import is_free
 from studio.files import write_atomically
 
 MAIN, SOUND = "ldm/pytorch_model_ldm.bin", "vae/pytorch_model_vae.bin"
@@ -81,7 +82,7 @@ def convert(
             f"'{folder}' is no published Mustango: it has no {absent}",
             "give the folder that the hub has as declare-lab/mustango",
         )
-    if out.exists() and any(out.iterdir()):
+    if not is_free(out):
         raise RequestError(f"'{out}' exists already and is not empty", "choose another --out")
     tokenizers = {"tokenizer": _tokenizer(tokenizer)}
     if predictors:

@@ -196,12 +196,12 @@ def mode_in(text: str) -> Mode | None:
 
 
 def misspelt_mode(text: str) -> str:
-    """Of a text that names a raga or makam nearly as one is called, both names: "'yamn' (Yaman?)"; else ""."""
+    """Of a text with a raga or makam nearly as one is called, both names: "'yamn', perhaps for 'Yaman'"; else ""."""
     words = text.split()
     for field, word in pairwise(words):
         names = _KNOWN.get(field.lower(), {}) if field.lower() in ("raga", "makam") else {}
         if fold(word) not in names and (close := difflib.get_close_matches(fold(word), names, 1, ALIKE)):
-            return f"'{word}' ({names[close[0]]}?)"
+            return f"'{word}', perhaps for '{names[close[0]]}'"
     return ""
 
 

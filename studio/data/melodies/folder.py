@@ -14,6 +14,7 @@ from studio.data.melodies.source import Melody, draw_melody
 from studio.data.melodies.voices import PLAYED
 from studio.data.sounds import Sound, save_sound
 from studio.errors import RequestError, StudioError
+from studio.exporting.destination import is_free, move_into_place, workshop
 from studio.files import write_atomically
 from studio.keyed import numpy_generator
 
@@ -37,25 +38,21 @@ class Pieces:
 def write_folder(options: Pieces) -> int:
     """Writes NUMBER.wav and metadata.jsonl; returns how many.
 
-    Broken off, it leaves the folder as empty as it was. Raises RequestError for a folder with something in it, and what
-    `check_fields` and `save_sound` raise.
+    The folder is whole or not there. Raises RequestError for one with something in it, and what `check_fields`,
+    `save_sound` and `workshop` raise.
     """
-    if options.out.exists() and any(options.out.iterdir()):
-        raise RequestError(f"'{options.out}' is not empty", "choose a new folder")
+    if not is_free(options.out):
+        raise RequestError(f"'{options.out}' is already there and not empty", "choose a new folder")
     if options.count < 1 or not 0.5 <= options.seconds <= 600 or not 4000 <= options.rate <= 96_000:
         raise RequestError("count, seconds or rate is out of range", "at least 1, 0.5 to 600 and 4000 to 96000")
     asked, lines = _asked(options), []
-    names = [f"{number:04d}.wav" for number in range(options.count)]
-    try:
-        for number, name in enumerate(names):
-            piece = _piece(options, number, *asked)
-            save_sound(Sound(piece.wave, options.rate), options.out / name, piece.score.fields.facts())
+    with workshop(options.out) as made:
+        for number in range(options.count):
+            piece, name = _piece(options, number, *asked), f"{number:04d}.wav"
+            save_sound(Sound(piece.wave, options.rate), made / name, piece.score.fields.facts())
             lines.append(json.dumps({"file_name": name, "text": piece.caption}, ensure_ascii=False))
-        write_atomically(options.out / "metadata.jsonl", "\n".join(lines) + "\n")
-    except BaseException:  # Ctrl-C, too: a folder half written would be taken for whole
-        for name in names:
-            (options.out / name).unlink(missing_ok=True)
-        raise
+        write_atomically(made / "metadata.jsonl", "\n".join(lines) + "\n")
+        move_into_place(made, options.out)
     return options.count
 
 
