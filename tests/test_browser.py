@@ -318,13 +318,13 @@ def asking(page, medium, field, prompt):
 def test_a_clip_is_drawn_around_a_given_picture_and_becomes_a_sticker(server, tab, tmp_path):
     page = tab("generate")
     panel = asking(page, "Video", "#p-video", "a fox bouncing")
-    fill(panel, "frames", "3")
-    open_part(panel, "Advanced")
-    fill(panel, "steps", "2")
     picture = tmp_path / "fox.png"
     Image.new("RGBA", (64, 64), (250, 120, 10, 255)).save(picture)
     panel.locator("input[type=file]").first.set_input_files(str(picture))
-    panel.locator("img[alt='given frame']").wait_for()
+    panel.locator("img[alt='given frame']").wait_for()  # the form is drawn anew with it
+    fill(panel, "frames", "3")
+    open_part(panel, "Advanced")
+    fill(panel, "steps", "2")
     page.click("#generate-video")
     panel.locator(".works:not(.small) a[download]").first.wait_for()
     (made,) = (server.home / "pictures").glob("*/000.webp")
